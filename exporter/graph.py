@@ -1,0 +1,407 @@
+"""A loaded model becomes ONNX files: the VQ graph and its dense twin, from one trace of the backbone.
+
+Inputs and outputs of both graphs (T is the export dtype, L layers, names follow the Hugging Face ONNX convention):
+
+========================================= ===== ==============================================================
+input_ids                                 int64 [batch_size, sequence_length]
+attention_mask                            int64 [batch_size, total_sequence_length], 1 = token, 0 = padding
+position_ids (where the model has them)   int64 [batch_size, sequence_length]
+past_key_values.{i}.key / .value, i < L   T     [batch_size, num_key_value_heads, past_sequence_length, head_dim]
+logits                                    T     [batch_size, sequence_length, vocab_size]
+present.{i}.key / .value, i < L           T     [batch_size, num_key_value_heads, total_sequence_length, head_dim]
+========================================= ===== ==============================================================
+
+total_sequence_length = past_sequence_length + sequence_length; a prefill passes a past of length 0. The backbone is
+traced once with a placeholder where the head stands; the VQ head and the dense head are then built in its place, so
+that the two graphs differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir import tape
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass, RemoveUnusedNodesPass
+from torch import Tensor, nn
+
+from export_vq import contract, forms
+from export_vq.errors import UserError
+from export_vq.files import free_bytes, sha256, whole
+from export_vq.head import VQHead
+from export_vq.load import LoadedModel
+from export_vq.records import OnnxArtifact
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXTERNAL_DATA_BYTES = 100 << 20
+"""Weights above this go to one .data file beside the graph."""
+DEFAULT_OPSET = 20
+METADATA_KEY = f"{contract.DOMAIN}.artifact"
+"""Model metadata: the artifact record as JSON, so that the file alone says what it is."""
+
+_PLACEHOLDER = "Head"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export: `dtype` fp32, fp16 or bf16; `form` one of forms.FORMS; `opset` of the default domain."""
+
+    dtype: str = "fp32"
+    form: str = "portable"
+    opset: int = DEFAULT_OPSET
+    external_data_bytes: int = EXTERNAL_DATA_BYTES
+
+
+def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, OnnxArtifact]:
+    """Write `model.onnx` (VQ head) and `dense.onnx` (its dense twin), each with its record `*.onnx.json`.
+
+    Args:
+        loaded: a VQ-Logits model.
+        folder: made if missing. A weights file is named after its content, and the graph that refers to it is renamed
+            into place last, so an interrupted run leaves the old pair or the new one.
+        options: see ExportOptions.
+
+    Returns:
+        {"vq": artifact, "dense": artifact}.
+
+    Raises:
+        UserError: the options ask for something impossible, or the folder cannot hold the files.
+    """
+    spec = loaded.spec
+    if options.opset < forms.MIN_OPSET:
+        raise UserError(
+            f"--opset is {options.opset}, expected {forms.MIN_OPSET} or more; leave it out for {DEFAULT_OPSET}"
+        )
+    _check_room(loaded, folder, options)
+    dtype = TORCH_DTYPES[options.dtype]
+    model = loaded.model if dtype == torch.float32 else copy.deepcopy(loaded.model).to(dtype)
+    head = model.lm_head
+    assert isinstance(head, VQHead)
+    cache_shapes = _cache_shapes(model)
+    artifacts = {}
+    trace = _trace(model, head, cache_shapes, dtype, options.opset)
+    for kind, name in (("vq", "model.onnx"), ("dense", "dense.onnx")):
+        graph = trace.clone() if kind == "vq" else trace
+        _attach(graph, head, kind)
+        if kind == "vq":
+            forms.convert(graph, options.form)
+        artifact = OnnxArtifact(
+            path=name,
+            head=kind,
+            form=options.form if kind == "vq" else "dense",
+            dtype=options.dtype,
+            opset=options.opset,
+            model_type=loaded.model_type,
+            spec=spec,
+            input_names=tuple(str(v.name) for v in graph.graph.inputs),
+            output_names=tuple(str(v.name) for v in graph.graph.outputs),
+            cache_shapes=cache_shapes,
+            source_sha256=loaded.sha256,
+            num_bytes=0,
+            file_sha256={},
+            versions={n: version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
+            notes=loaded.notes,
+        )
+        artifacts[kind] = write_graph(graph, folder, artifact, options.external_data_bytes)
+    return artifacts
+
+
+def head_graph(head: VQHead, kind: str, *, opset: int = DEFAULT_OPSET) -> ir.Model:
+    """The head alone, hidden_states T [rows, 1, D] -> logits T [rows, 1, V], as it stands in the whole graph.
+
+    Args:
+        head: in the dtype to export.
+        kind: 'vq' (portable form) or 'dense'.
+    """
+    dtype = ir.DataType[str(head.codebook.dtype).removeprefix("torch.").replace("float32", "float").upper()]
+    hidden = ir.val("hidden_states", dtype, ["rows", 1, head.spec.hidden_size])
+    placeholder = ir.node(_PLACEHOLDER, [hidden], domain=contract.DOMAIN)
+    output = placeholder.outputs[0]
+    output.name, output.dtype, output.shape = "logits", dtype, ir.Shape(["rows", 1, head.spec.vocab_size])
+    graph = ir.Graph(
+        [hidden], [output], nodes=[placeholder], opset_imports={"": opset, contract.DOMAIN: 1}, name="head"
+    )
+    model = ir.Model(graph, ir_version=10, producer_name="export-vq")
+    _attach(model, head, kind)
+    if kind == "vq":
+        forms.convert(model, "portable")
+    return model
+
+
+def write_graph(model: ir.Model, folder: Path, artifact: OnnxArtifact, external_data_bytes: int) -> OnnxArtifact:
+    """Save a graph under `artifact.path`, its weights in one .data file when they are large, and its record.
+
+    Returns:
+        the artifact, with sizes and hashes filled in.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    model.metadata_props[METADATA_KEY] = json.dumps(artifact.to_json())
+    target = folder / artifact.path
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    hashes = {}
+    if weights > external_data_bytes:
+        # Named after the weights' source: new weights never overwrite those that an existing graph refers to.
+        key = f"{artifact.source_sha256[:8]}-{artifact.dtype}"
+        data = target.with_name(f"{target.stem}.{key}.data")
+        with whole(target) as staged:
+            ir.save(model, staged, external_data=data.name)
+            onnx.checker.check_model(staged, full_check=True)
+            staged.with_name(data.name).replace(data)
+            hashes[data.name] = sha256(data)
+        for old in folder.glob(f"{target.stem}.*.data"):
+            if old != data:
+                old.unlink()
+    else:
+        with whole(target) as staged:
+            ir.save(model, staged)
+            onnx.checker.check_model(staged, full_check=True)
+    hashes[target.name] = sha256(target)
+    done = OnnxArtifact(
+        **{
+            **artifact.__dict__,
+            "num_bytes": sum((folder / name).stat().st_size for name in hashes),
+            "file_sha256": hashes,
+        }
+    )
+    done.save(target.with_name(target.name + ".json"))
+    return done
+
+
+def _check_room(loaded: LoadedModel, folder: Path, options: ExportOptions) -> None:
+    """Refuse before the long trace what cannot fit on the disk."""
+    backbone = sum(p.numel() for n, p in loaded.model.named_parameters() if not n.startswith(contract.HEAD_PREFIX))
+    width = TORCH_DTYPES[options.dtype].itemsize
+    need = (2 * backbone + loaded.spec.dense_numbers + loaded.spec.float_numbers) * width + 4 * loaded.spec.vocab_size
+    if free_bytes(folder) < need:
+        raise UserError(
+            f"{folder}: {free_bytes(folder) >> 20} MiB free, {need >> 20} MiB needed for both graphs; choose another disk with -o"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- tracing
+
+
+class _Placeholder(nn.Module):
+    """Stands where the head stood: one node, hidden states in, logits out, to be built over later."""
+
+    def __init__(self, head: VQHead) -> None:
+        super().__init__()
+        self.vocab_size = head.spec.vocab_size
+        self.weight = head.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        shape = (*hidden.shape[:-1], self.vocab_size)
+        return torch.onnx.ops.symbolic(
+            f"{contract.DOMAIN}::{_PLACEHOLDER}", (hidden,), dtype=hidden.dtype, shape=shape, version=contract.VERSION
+        )
+
+
+class _Backbone(nn.Module):
+    """The causal LM with its cache as plain tensors: the signature of the graph."""
+
+    def __init__(self, causal_lm: nn.Module) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        past_key_values: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        from transformers import DynamicCache
+
+        inputs = {} if position_ids is None else {"position_ids": position_ids}
+        # A cache without the config keeps all positions of sliding layers too; their masks hide what is out of reach.
+        cache = DynamicCache(ddp_cache_data=past_key_values)
+        out = self.causal_lm(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **inputs
+        )
+        return out.logits, [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the architecture has a position_ids input; the others derive positions from the attention mask."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _cache_shapes(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(KV heads, head_dim) of each layer, seen by running one token."""
+    with torch.no_grad():
+        cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    return tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers)
+
+
+def _trace(
+    model: nn.Module, head: VQHead, cache_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, opset: int
+) -> ir.Model:
+    """The backbone with a placeholder head, optimised, with the names of the module docstring."""
+    batch, sequence, past = 2, 3, 5  # any sizes above 1 that differ: sizes 0 and 1 are special to the tracer
+    positions = torch.arange(past, past + sequence).repeat(batch, 1) if takes_position_ids(model) else None
+    inputs = (
+        torch.zeros(batch, sequence, dtype=torch.long),
+        torch.ones(batch, past + sequence, dtype=torch.long),
+        positions,
+        [
+            (torch.zeros(batch, h, past, d, dtype=dtype), torch.zeros(batch, h, past, d, dtype=dtype))
+            for h, d in cache_shapes
+        ],
+    )
+    free = torch.export.Dim.DYNAMIC
+    both = {0: free, 1: free}
+    layer = {0: free, 2: free}
+    shapes = (both, both, None if positions is None else both, [(layer, layer)] * len(cache_shapes))
+    try:
+        model.set_output_embeddings(_Placeholder(head))  # type: ignore[operator]
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(_Backbone(model), inputs, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(program, inputs, dynamo=True, opset_version=opset, optimize=True, verify=False)
+    finally:
+        model.set_output_embeddings(head)  # type: ignore[operator]
+    assert exported is not None
+    graph = exported.model
+    _rename(graph, positions is not None)
+    ClearMetadataAndDocStringPass()(graph)
+    DeduplicateInitializersPass()(graph)
+    graph.producer_name, graph.producer_version = "export-vq", version("export-vq")
+    return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns about its own registries; neither is the user's business."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _rename(model: ir.Model, has_positions: bool) -> None:
+    """Tensors and dimensions get their conventional names; weights lose the wrapper's prefix."""
+    names = ["input_ids", "attention_mask"] + ["position_ids"] * has_positions
+    layers = (len(model.graph.inputs) - len(names)) // 2
+    pairs = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    for value, name in zip(model.graph.inputs, names + [f"past_key_values.{p}" for p in pairs], strict=True):
+        value.name = name
+    for value, name in zip(model.graph.outputs, ["logits"] + [f"present.{p}" for p in pairs], strict=True):
+        value.name = name
+    inputs = {str(v.name): v for v in model.graph.inputs}
+    past = inputs["past_key_values.0.key"]
+    batch, sequence = (_dim(inputs["input_ids"], i) for i in (0, 1))
+    renamed = {
+        batch: "batch_size",
+        sequence: "sequence_length",
+        _dim(past, 2): "past_sequence_length",
+        _dim(inputs["attention_mask"], 0): "batch_size",
+        _dim(inputs["attention_mask"], 1): "total_sequence_length",
+        f"{_dim(past, 2)} + {sequence}": "total_sequence_length",
+        f"{sequence} + {_dim(past, 2)}": "total_sequence_length",
+    }
+    values = [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]  # the graph's outputs among them
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_new_dim(d, renamed) for d in value.shape])
+    for name, weight in list(model.graph.initializers.items()):
+        if name.startswith("causal_lm."):
+            weight.name = name.removeprefix("causal_lm.")
+
+
+def _dim(value: ir.Value, axis: int) -> str:
+    assert value.shape is not None
+    dim = value.shape[axis]
+    return str(dim.value) if isinstance(dim, ir.SymbolicDim) else str(dim)
+
+
+def _new_dim(dim: int | ir.SymbolicDim, renamed: dict[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    # Other expressions of the tracer's symbols are scratch sizes nobody needs a name for.
+    return renamed.get(str(dim.value))
+
+
+# ----------------------------------------------------------------------------------------------------- the heads
+
+
+def _attach(model: ir.Model, head: VQHead, kind: str) -> None:
+    """Build the VQ head or its dense twin where the placeholder stands."""
+    placeholder = next(n for n in model.graph if (n.domain, n.op_type) == (contract.DOMAIN, _PLACEHOLDER))
+    hidden, logits = placeholder.inputs[0], placeholder.outputs[0]
+    assert hidden is not None
+    op = tape.Tape()
+    built = _vq_head(op, model.graph, hidden, head) if kind == "vq" else _dense_head(op, model.graph, hidden, head)
+    ir.convenience.replace_nodes_and_values(model.graph, placeholder, [placeholder], op.nodes, [logits], [built])
+    built.name = logits.name if logits.name == "logits" else "head_logits"
+    built.shape, built.type = logits.shape, logits.type
+    if kind == "dense":
+        model.graph.opset_imports.pop(contract.DOMAIN, None)
+    else:
+        model.graph.opset_imports[contract.DOMAIN] = contract.VERSION
+    RemoveUnusedNodesPass()(model)
+
+
+def _constant(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _ints(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
+    return _constant(graph, f"lm_head.{name}", torch.tensor(numbers, dtype=torch.int64))
+
+
+def _dense_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> ir.Value:
+    twin = head.dense_twin()
+    logits = op.op("MatMul", [hidden, _constant(graph, "lm_head.weight", twin.weight.T)])  # [.., V]
+    return logits if head.bias is None else op.op("Add", [logits, _constant(graph, "lm_head.bias", twin.bias)])
+
+
+def _vq_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> ir.Value:
+    m, k, width = head.spec.codebook_shape
+    if head.spec.kind == "product":
+        if head.rotation is not None:
+            hidden = op.op("MatMul", [hidden, _constant(graph, "lm_head.rotation", head.rotation)])  # [.., D]
+        lead = op.op("Shape", [hidden], {"start": 0, "end": -1})
+        rows = op.op("Flatten", [hidden], {"axis": -1})  # [rows, D]
+        slices = op.op("Reshape", [rows, _ints(graph, "slices", [0, m, width])])  # [rows, M, D/M]
+        books = _constant(graph, "lm_head.codebook", head.codebook.transpose(1, 2))  # [M, D/M, K]
+        scores = op.op("MatMul", [op.op("Transpose", [slices], {"perm": [1, 0, 2]}), books])  # [M, rows, K]
+        flat = op.op("Reshape", [op.op("Transpose", [scores], {"perm": [1, 0, 2]}), _ints(graph, "flat", [0, m * k])])
+        shape = op.op("Concat", [lead, _ints(graph, "width", [m * k])], {"axis": 0})
+        code_logits = op.op("Reshape", [flat, shape], {"allowzero": 1})  # [.., M*K]
+    else:
+        books = _constant(graph, "lm_head.codebook", head.codebook.reshape(m * k, width).T)  # [D, M*K]
+        code_logits = op.op("MatMul", [hidden, books])  # [.., M*K]
+    code_logits.name = "code_logits"
+    inputs = [code_logits, _constant(graph, "lm_head.codes", head.codes)]
+    if head.bias is not None:
+        inputs.append(_constant(graph, "lm_head.bias", head.bias))
+    return op.op(
+        contract.GATHER_SCATTER,
+        inputs,
+        {contract.NUM_CODEBOOKS: m},
+        domain=contract.DOMAIN,
+        version=contract.VERSION,
+        name="lm_head",
+    )

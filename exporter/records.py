@@ -1,0 +1,281 @@
+"""What the stages hand to each other: frozen dataclasses that save to JSON and come back equal.
+
+Measuring and judging can so happen on different machines. Nothing here computes; properties only derive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from export_vq import contract
+from export_vq.errors import UserError
+from export_vq.files import write_text
+
+R = TypeVar("R", bound="Record")
+
+
+class Record:
+    """Base of the records: to and from JSON."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain dicts, lists, numbers and strings."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_json(cls: type[R], data: dict[str, Any]) -> R:
+        """The record that `to_json` wrote; unknown fields are refused by the constructor."""
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: _revive(hints.get(name, Any), value) for name, value in data.items()})
+
+    def save(self, path: Path) -> None:
+        """Write the record as a JSON file, whole or not at all."""
+        write_text(path, json.dumps(self.to_json(), indent=1, allow_nan=True) + "\n")
+
+    @classmethod
+    def load(cls: type[R], path: Path) -> R:
+        """Read a file that `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is no such record.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a readable {cls.__name__} ({error}); delete it and run again") from error
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    """Rebuild nested records and tuples from what JSON made of them."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return None if value is None else _revive(inner[0], value) if len(inner) == 1 else value
+    if origin is tuple:
+        args = typing.get_args(hint)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_revive(args[0], item) for item in value)
+        return tuple(_revive(arg, item) for arg, item in zip(args, value, strict=True))
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_json(value)
+    return value
+
+
+@dataclass(frozen=True)
+class HeadSpec(Record):
+    """The shape of a VQ-Logits head.
+
+    kind 'single' has codebook [1, K, D], 'product' [M, K, D/M], 'additive' [M, K, D].
+    """
+
+    kind: str
+    hidden_size: int
+    vocab_size: int
+    num_codebooks: int
+    num_codes: int
+    has_bias: bool = False
+    has_rotation: bool = False
+
+    @property
+    def codebook_shape(self) -> tuple[int, int, int]:
+        width = self.hidden_size // self.num_codebooks if self.kind == "product" else self.hidden_size
+        return (self.num_codebooks, self.num_codes, width)
+
+    @property
+    def float_numbers(self) -> int:
+        """Floating-point parameters of the head: codebook, bias, rotation."""
+        m, k, width = self.codebook_shape
+        bias = self.vocab_size if self.has_bias else 0
+        rotation = self.hidden_size**2 if self.has_rotation else 0
+        return m * k * width + bias + rotation
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the code ids, packed to 8, 16 or 32 bits each."""
+        return self.vocab_size * self.num_codebooks * contract.code_bits(self.num_codes) // 8
+
+    def head_bytes(self, bytes_per_number: int = 2) -> int:
+        """Bytes of the whole head, everything counted: codebook, codes (packed), bias, rotation."""
+        return self.float_numbers * bytes_per_number + self.code_bytes
+
+    def dense_bytes(self, bytes_per_number: int = 2) -> int:
+        """Bytes of the full-softmax head that it stands for."""
+        return self.dense_numbers * bytes_per_number
+
+    @property
+    def dense_numbers(self) -> int:
+        """Parameters of the full-softmax head that it stands for."""
+        return self.vocab_size * (self.hidden_size + (1 if self.has_bias else 0))
+
+
+@dataclass(frozen=True)
+class OnnxArtifact(Record):
+    """An exported graph and where it came from.
+
+    `head` is 'vq' or 'dense'; `form` 'portable', 'plain', 'plugin', or 'dense' for the dense twin. `path` is the .onnx
+    file's name, relative to the sidecar. `cache_shapes` gives (KV heads, head_dim) of each layer's cache.
+    """
+
+    path: str
+    head: str
+    form: str
+    dtype: str
+    opset: int
+    model_type: str
+    spec: HeadSpec
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    cache_shapes: tuple[tuple[int, int], ...]
+    source_sha256: str
+    num_bytes: int
+    file_sha256: dict[str, str]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ErrorStats(Record):
+    """How far a candidate's logits are from a reference's, over `positions` token positions.
+
+    Errors are absolute; `logit_range` is the reference's max minus min; KL in nats of the reference's distribution from
+    the candidate's; agreements are fractions of positions under the tie rule; perplexities over the same text.
+    """
+
+    positions: int
+    max_abs: float
+    mean_abs: float
+    logit_range: float
+    cosine_min: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    top5_agreement: float
+    perplexity_reference: float
+    perplexity_candidate: float
+    error_histogram: tuple[tuple[float, int], ...] = ()
+    """(upper edge of log10 |error|, count) over a sample of all logits."""
+
+    @property
+    def relative_max(self) -> float:
+        """Largest error as a share of the logit range."""
+        return self.max_abs / self.logit_range if self.logit_range else float(self.max_abs > 0)
+
+
+@dataclass(frozen=True)
+class ParityCase(Record):
+    """One shape of the parity run: a prefill, then decode steps through the KV cache."""
+
+    name: str
+    batch: int
+    prefill: int
+    decode_steps: int
+    left_padded: bool
+    stats: ErrorStats
+    cache_max_abs: float
+    """Largest error of the returned KV cache."""
+
+
+@dataclass(frozen=True)
+class ParityReport(Record):
+    """The export gap: is the candidate the same function as the reference? Truthy when every limit holds."""
+
+    reference: str
+    candidate: str
+    dtype: str
+    total: ErrorStats
+    cases: tuple[ParityCase, ...]
+    limits: dict[str, float]
+    failures: tuple[str, ...]
+    native_error: float | None = None
+    """Half precision only: PyTorch's own max abs error in this dtype against the float64 oracle."""
+    oracle_error: float | None = None
+    """Half precision only: the candidate's max abs error against the same oracle."""
+    greedy_tokens: int = 0
+    greedy_equal: int = 0
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
+class ModelGap(Record):
+    """What the VQ head costs against the user's dense model. The trainer's gap, reported and never judged."""
+
+    baseline: str
+    text: str
+    stats: ErrorStats
+    floor: float
+    """The lowest perplexity any training could reach with this mapping of tokens to codes, on this text."""
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative: 0.1 is ten percent worse."""
+        return self.stats.perplexity_candidate / self.stats.perplexity_reference - 1
+
+
+@dataclass(frozen=True)
+class Timing(Record):
+    """Latencies of one runner on one workload, in milliseconds."""
+
+    subject: str
+    """What ran: 'head' or 'decode step'."""
+    runner: str
+    """'vq' or 'dense'."""
+    batch: int
+    cache: str
+    """'warm': its own loop; 'cold': the CPU's caches were evicted before every run."""
+    samples: int
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    min_ms: float
+    q1_ms: float
+    q3_ms: float
+
+
+@dataclass(frozen=True)
+class BenchReport(Record):
+    """Timings of one run on one machine; ratios are only meaningful inside one report."""
+
+    device: str
+    threads: int
+    dtype: str
+    backend: str
+    timings: tuple[Timing, ...]
+
+    def speedup(self, subject: str, batch: int, cache: str) -> float:
+        """Median of dense over median of VQ."""
+        found = {
+            t.runner: t.median_ms for t in self.timings if (t.subject, t.batch, t.cache) == (subject, batch, cache)
+        }
+        return found["dense"] / found["vq"]
+
+
+@dataclass(frozen=True)
+class RunReport(Record):
+    """Everything one run of the main job found: report.json."""
+
+    model: str
+    model_type: str
+    dtype: str
+    spec: HeadSpec
+    tied_embedding: bool
+    total_numbers: int
+    """Parameters of the whole VQ model, code ids not counted."""
+    artifacts: tuple[OnnxArtifact, ...]
+    parity: tuple[ParityReport, ...]
+    gap: ModelGap | None
+    bench: BenchReport | None
+    prompt: str
+    continuation: str
+    not_done: tuple[str, ...] = ()
+    """What this machine could not do, each with the mend."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return all(self.parity)

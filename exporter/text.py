@@ -1,0 +1,52 @@
+"""Text files become blocks of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from export_vq.errors import UserError
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, or all .txt files of a folder in the order of their names, joined by blank lines.
+
+    Raises:
+        UserError: missing, empty or not UTF-8.
+    """
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    try:
+        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a UTF-8 text file with --text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+    if not text.strip():
+        raise UserError(f"{path}: holds no text; give a UTF-8 text file, or a folder of .txt files, with --text")
+    return text
+
+
+def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None) -> Tensor:
+    """Cut a text into blocks of token ids, int64 [N, block]; the rest that fills no block is dropped.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: any length above one block.
+        block: tokens a block.
+        limit: at most this many blocks, spread evenly over the text.
+
+    Raises:
+        UserError: the text is shorter than one block.
+    """
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    if len(ids) < block:
+        raise UserError(
+            f"the text has {len(ids)} tokens, at least {block} were expected; give a longer text with --text"
+        )
+    blocks = torch.tensor(ids[: len(ids) // block * block]).reshape(-1, block)
+    if limit is None or len(blocks) <= limit:
+        return blocks
+    return blocks[torch.linspace(0, len(blocks) - 1, limit).long()]
