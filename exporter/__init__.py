@@ -1,0 +1,69 @@
+"""export-vq: deploy language models whose output layer is a VQ-Logits head.
+
+The public verbs and records, loaded on first use so that `import export_vq` is cheap and needs nothing installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "load_model": "load",
+    "load_dense": "load",
+    "save_model": "load",
+    "LoadedModel": "load",
+    "VQHead": "head",
+    "HeadSpec": "records",
+    "export_onnx": "graph",
+    "ExportOptions": "graph",
+    "OrtRunner": "runners",
+    "TorchRunner": "runners",
+    "check_parity": "parity",
+    "run_benchmark": "bench",
+    "compress_model": "compress",
+    "CompressOptions": "compress",
+    "run_pipeline": "pipeline",
+    "RunOptions": "pipeline",
+    "UserError": "errors",
+    "CheckFailed": "errors",
+}
+
+__all__ = [
+    "CheckFailed",
+    "CompressOptions",
+    "ExportOptions",
+    "HeadSpec",
+    "LoadedModel",
+    "OrtRunner",
+    "RunOptions",
+    "TorchRunner",
+    "UserError",
+    "VQHead",
+    "check_parity",
+    "compress_model",
+    "export_onnx",
+    "load_dense",
+    "load_model",
+    "run_benchmark",
+    "run_pipeline",
+    "save_model",
+]
+
+if TYPE_CHECKING:
+    from export_vq.bench import run_benchmark
+    from export_vq.compress import CompressOptions, compress_model
+    from export_vq.errors import CheckFailed, UserError
+    from export_vq.graph import ExportOptions, export_onnx
+    from export_vq.head import VQHead
+    from export_vq.load import LoadedModel, load_dense, load_model, save_model
+    from export_vq.parity import check_parity
+    from export_vq.pipeline import RunOptions, run_pipeline
+    from export_vq.records import HeadSpec
+    from export_vq.runners import OrtRunner, TorchRunner
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'export_vq' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"export_vq.{_HOME[name]}"), name)

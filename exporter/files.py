@@ -21,7 +21,7 @@ def whole(path: Path) -> Iterator[Path]:
     existing folder is moved aside first.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,10 @@ def whole(path: Path) -> Iterator[Path]:
         if path.is_dir():
             path.rename(scratch / "replaced")
         staged.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: writing failed ({error.strerror or error}); free some room or choose another output with -o"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -41,7 +41,7 @@ from export_vq import contract, forms
 from export_vq.errors import UserError
 from export_vq.files import free_bytes, sha256, whole
 from export_vq.head import VQHead
-from export_vq.load import LoadedModel
+from export_vq.load import LoadedModel, convert
 from export_vq.records import OnnxArtifact
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -86,7 +86,7 @@ def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> di
         )
     _check_room(loaded, folder, options)
     dtype = TORCH_DTYPES[options.dtype]
-    model = loaded.model if dtype == torch.float32 else copy.deepcopy(loaded.model).to(dtype)
+    model = loaded.model if dtype == torch.float32 else convert(copy.deepcopy(loaded.model), dtype)
     head = model.lm_head
     assert isinstance(head, VQHead)
     cache_shapes = _cache_shapes(model)
@@ -111,7 +111,8 @@ def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> di
             source_sha256=loaded.sha256,
             num_bytes=0,
             file_sha256={},
-            versions={n: version(n) for n in ("torch", "transformers", "onnx", "onnxscript")},
+            versions={n: version(n) for n in ("export-vq", "torch", "transformers", "onnx", "onnxscript")},
+            tied_embedding=loaded.tied_embedding,
             notes=loaded.notes,
         )
         artifacts[kind] = write_graph(graph, folder, artifact, options.external_data_bytes)
@@ -386,7 +387,11 @@ def _vq_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> 
         rows = op.op("Flatten", [hidden], {"axis": -1})  # [rows, D]
         slices = op.op("Reshape", [rows, _ints(graph, "slices", [0, m, width])])  # [rows, M, D/M]
         books = _constant(graph, "lm_head.codebook", head.codebook.transpose(1, 2))  # [M, D/M, K]
-        scores = op.op("MatMul", [op.op("Transpose", [slices], {"perm": [1, 0, 2]}), books])  # [M, rows, K]
+        turned = op.op("Transpose", [slices], {"perm": [1, 0, 2]})  # [M, rows, D/M]
+        # The reshape changes nothing, but keeps ONNX Runtime (1.31) from fusing the transpose into the product: its fused
+        # kernel divides by zero on an empty batch.
+        apart = op.op("Reshape", [turned, _ints(graph, "turned", [m, 0, width])])
+        scores = op.op("MatMul", [apart, books])  # [M, rows, K]
         flat = op.op("Reshape", [op.op("Transpose", [scores], {"perm": [1, 0, 2]}), _ints(graph, "flat", [0, m * k])])
         shape = op.op("Concat", [lead, _ints(graph, "width", [m * k])], {"axis": 0})
         code_logits = op.op("Reshape", [flat, shape], {"allowzero": 1})  # [.., M*K]

@@ -135,6 +135,8 @@ class OnnxArtifact(Record):
     num_bytes: int
     file_sha256: dict[str, str]
     versions: dict[str, str]
+    tied_embedding: bool = False
+    """The dense original shared its output layer with the input embedding, which stays dense."""
     notes: tuple[str, ...] = ()
 
 
@@ -254,6 +256,26 @@ class BenchReport(Record):
             t.runner: t.median_ms for t in self.timings if (t.subject, t.batch, t.cache) == (subject, batch, cache)
         }
         return found["dense"] / found["vq"]
+
+
+@dataclass(frozen=True)
+class Compressed(Record):
+    """A checkpoint that compress wrote, and everything it was made from."""
+
+    source_sha256: str
+    text_sha256: str
+    options: dict[str, Any]
+    version: str
+    spec: HeadSpec
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Continuation(Record):
+    """What the exported model writes after a prompt, greedily; both empty where there is no tokenizer."""
+
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True)

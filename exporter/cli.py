@@ -1,0 +1,376 @@
+"""The command line: parses, calls one verb, prints. Nothing imports this module, and heavy modules load when they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from export_vq.errors import CheckFailed, UserError
+
+console = Console(stderr=True, highlight=False)
+"""Progress and messages; results go to standard output."""
+
+
+class _MainJobFirst(click.Group):
+    """`export-vq model.pt` is `export-vq run model.pt`: a first word that names no command is the model."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+class _Steps:
+    """Progress on the terminal: one line a step, a bar while it runs."""
+
+    def __init__(self) -> None:
+        self._live = console.is_terminal
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str, float], None]]:
+        start = time.perf_counter()
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:16s}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        if not self._live:
+            console.print(f"  {name} ...")
+        with Progress(*columns, console=console, transient=True, disable=not self._live) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda what, fraction: bar.update(task, description=what, total=1.0, completed=fraction)
+        console.print(f"[green]✓[/] {name:24s} {time.perf_counter() - start:6.1f} s")
+
+    def skipped(self, name: str) -> None:
+        console.print(f"[green]✓[/] {name:24s} unchanged, skipped")
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 1 a check failed, 2 usage or input; a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
+    except (UserError, CheckFailed) as error:
+        if debug:
+            traceback.print_exc()
+        console.print(
+            f"[red]error:[/] {_plain(error)}" if isinstance(error, UserError) else f"[red]FAILED:[/] {_plain(error)}",
+            soft_wrap=True,
+        )
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        console.print("interrupted; what was finished is kept, run again to go on")
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except MemoryError:
+        console.print("[red]error:[/] out of memory; close other programs, or use a machine with more")
+        sys.exit(2)
+    except Exception as error:
+        if debug:
+            raise
+        console.print(
+            f"[red]internal error:[/] {type(error).__name__}: {_plain(error)}; this is a bug of export-vq, "
+            "please report it with the output of the same command and --debug",
+            soft_wrap=True,
+        )
+        sys.exit(70)
+
+
+def _plain(error: BaseException) -> str:
+    """The message with rich's markup switched off."""
+    return str(error).replace("[", r"\[")
+
+
+def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="Type of weights, cache and logits.",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            default=Path("out"),
+            show_default=True,
+            help="Output folder.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _check_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--threads", type=click.IntRange(0), default=0, help="Threads of ONNX Runtime; 0 lets it choose."),
+        click.option(
+            "--positions", type=click.IntRange(256), default=2048, show_default=True, help="Token positions to compare."
+        ),
+        click.option(
+            "--text",
+            type=click.Path(path_type=Path),
+            help="UTF-8 text, or a folder of .txt files, to check and measure on.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_MODEL = click.argument("model", type=click.Path(path_type=Path))
+
+
+@click.group(cls=_MainJobFirst, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("export-vq"), prog_name="export-vq")
+def cli() -> None:
+    """Deploy language models with a VQ-Logits output layer.
+
+    \b
+    export-vq model.pt        checkpoint to checked, timed ONNX graphs and a report
+    export-vq COMMAND -h      the options of a command
+
+    Every command takes --debug, which prints a traceback with an error.
+    """
+
+
+@cli.command()
+@_MODEL
+@_export_options
+@_check_options
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="The dense original (folder or GGUF): measures the model gap."
+)
+@click.option(
+    "--prompt",
+    default="The capital of France is",
+    show_default=True,
+    help="What the exported model is asked to continue.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of the summary.")
+def run(
+    model: Path,
+    output: Path,
+    dtype: str,
+    opset: int,
+    text: Path | None,
+    positions: int,
+    threads: int,
+    baseline: Path | None,
+    prompt: str,
+    as_json: bool,
+) -> None:
+    """The main job: export MODEL, check it, time it, report. MODEL is a model.pt or a Hugging Face folder."""
+    from export_vq.graph import ExportOptions
+    from export_vq.pipeline import RunOptions, run_pipeline
+    from export_vq.report import render_summary
+
+    export = ExportOptions(dtype=dtype, opset=opset)
+    options = RunOptions(
+        export=export, text=text, baseline=baseline, prompt=prompt, positions=positions, threads=threads
+    )
+    report = run_pipeline(model, output, options, _Steps())
+    click.echo(json.dumps(report.to_json(), indent=1) if as_json else render_summary(report))
+    console.print(f"report: {output / 'report.html'}")
+    if not report:
+        raise CheckFailed("; ".join(failure for check in report.parity for failure in check.failures))
+
+
+@cli.command()
+@_MODEL
+@_export_options
+@click.option(
+    "--form",
+    type=click.Choice(["portable", "plain", "plugin"]),
+    default="portable",
+    show_default=True,
+    help="Form of the VQ node.",
+)
+@click.option(
+    "--external-data-mb",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="Weights above this go to a .data file.",
+)
+def export(model: Path, output: Path, dtype: str, opset: int, form: str, external_data_mb: int) -> None:
+    """Write MODEL's ONNX graph and its dense twin, nothing more."""
+    from export_vq.bundle import Bundle
+    from export_vq.files import sha256
+    from export_vq.graph import ExportOptions
+    from export_vq.load import load_model
+    from export_vq.pipeline import export_step
+
+    loaded = load_model(model)
+    options = ExportOptions(dtype=dtype, form=form, opset=opset, external_data_bytes=external_data_mb << 20)
+    artifacts = export_step(lambda: loaded, sha256(model), Bundle(output), options, _Steps())
+    for artifact in artifacts.values():
+        click.echo(f"{output / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
+
+
+@cli.command()
+@_MODEL
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@_check_options
+@click.option("--json", "as_json", is_flag=True, help="Print the full result.")
+def check(model: Path, folder: Path, text: Path | None, positions: int, threads: int, as_json: bool) -> None:
+    """Is the graph in FOLDER the same function as the checkpoint MODEL? Exit code 1 when it is not."""
+    from export_vq.pipeline import RunOptions, check_folder
+
+    reports = check_folder(model, folder, RunOptions(text=text, positions=positions, threads=threads), _Steps())
+    if as_json:
+        click.echo(json.dumps([report.to_json() for report in reports], indent=1))
+    else:
+        for report in reports:
+            total = report.total
+            click.echo(
+                f"{'PASS' if report else 'FAIL'}  {report.candidate} against {report.reference}: max error {total.relative_max:.1e} of the logit "
+                f"range, top-1 {total.top1_agreement:.2%} of {total.positions} positions, {report.greedy_equal}/{report.greedy_tokens} greedy tokens"
+            )
+    failures = [failure for report in reports for failure in report.failures]
+    if failures:
+        raise CheckFailed("; ".join(failures))
+
+
+@cli.command()
+@_MODEL
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="UTF-8 text, or a folder of .txt files, like what the model will meet.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("model.pt"),
+    show_default=True,
+    help="model.pt, or a folder for Hugging Face form.",
+)
+@click.option(
+    "--kind", type=click.Choice(["product", "single"]), default="product", show_default=True, help="Head kind."
+)
+@click.option(
+    "--num-codebooks",
+    type=click.IntRange(1),
+    help="M of a product head; default: the largest divisor of hidden_size up to a quarter of it.",
+)
+@click.option(
+    "--num-codes", type=click.IntRange(1, 65536), default=256, show_default=True, help="K, codes per codebook."
+)
+@click.option("--bias/--no-bias", default=True, show_default=True, help="A bias per token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the clustering.")
+def compress(
+    model: Path, text: Path, output: Path, kind: str, num_codebooks: int | None, num_codes: int, bias: bool, seed: int
+) -> None:
+    """Make a VQ-Logits model out of MODEL, a causal language model as a Hugging Face folder or a GGUF file."""
+    from export_vq.compress import CompressOptions
+    from export_vq.pipeline import compress_step
+
+    options = CompressOptions(kind=kind, num_codebooks=num_codebooks, num_codes=num_codes, bias=bias, seed=seed)
+    spec = compress_step(model, text, output, options, _Steps())
+    click.echo(
+        f"{output}: {spec.kind} head, M={spec.num_codebooks}, K={spec.num_codes}, {spec.head_bytes() / 2**20:.1f} MiB in fp16, "
+        f"{spec.head_bytes() / spec.dense_bytes():.1%} of the dense head's {spec.dense_bytes() / 2**20:.1f} MiB"
+    )
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="UTF-8 text: prints the lowest perplexity that the mapping allows on it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, text: Path | None, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint or an ONNX file."""
+    from export_vq.inspection import inspect_path
+
+    found = inspect_path(path, text)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+        return
+    spec = found.spec
+    rows = [
+        ("what", f"{found.what}, {found.model_type}, {found.dtype}"),
+        ("file", _mib(found.file_bytes)),
+        (
+            "head",
+            f"{spec.kind}: V={spec.vocab_size} D={spec.hidden_size} M={spec.num_codebooks} K={spec.num_codes}, bias: {_yes(spec.has_bias)}, rotation: {_yes(spec.has_rotation)}",
+        ),
+        (
+            "head numbers",
+            f"{spec.float_numbers:,} against {spec.dense_numbers:,} dense ({1 - spec.float_numbers / spec.dense_numbers:.1%} fewer)",
+        ),
+        (
+            "head bytes",
+            f"{_mib(found.head_bytes)} against {_mib(found.dense_head_bytes)} dense ({found.head_bytes / found.dense_head_bytes:.1%})",
+        ),
+        ("model bytes", f"{_mib(found.model_bytes)} against {_mib(found.dense_model_bytes)} with the dense head"),
+    ]
+    if found.tied_embedding:
+        rows.append(
+            (
+                "tied",
+                "the input embedding stays dense, so nothing is saved on disk; bandwidth and time of the output layer are",
+            )
+        )
+    if found.floor is not None:
+        rows.append(("perplexity floor", f"{found.floor:.3f} on this text: no training of this mapping can go below"))
+    rows += [("note", note) for note in found.notes]
+    _print_table(rows)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """What this machine has, what it lacks, and how to mend it."""
+    from export_vq.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([finding.to_json() for finding in findings], indent=1))
+        return
+    _print_table([(f"{f.state:8s}{f.subject}", f.detail + (f"  ->  {f.mend}" if f.mend else "")) for f in findings])
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console(highlight=False).print(table)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+if __name__ == "__main__":
+    main()

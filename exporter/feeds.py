@@ -1,0 +1,78 @@
+"""Feeds for a decoder graph: a prefill from token ids, then steps that hand the KV cache back in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a decoder graph takes: `cache_shapes` is (KV heads, head_dim) per layer, `cache_dtype` the type of the cache arrays."""
+
+    cache_shapes: tuple[tuple[int, int], ...]
+    has_position_ids: bool
+    cache_dtype: type[np.floating[Any]] = np.float32
+
+
+class Runner(Protocol):
+    """A model ready to run, whatever runs it."""
+
+    name: str
+    signature: Signature
+
+    def infer(self, feeds: Feeds) -> Feeds:
+        """Named input arrays -> named output arrays."""
+        ...
+
+
+def prefill(signature: Signature, input_ids: Array, mask: Array) -> Feeds:
+    """The first call: all tokens of the prompts, an empty cache.
+
+    Args:
+        input_ids: int64 [B, S].
+        mask: int64 [B, S], 1 = token, 0 = padding (on the left).
+    """
+    past = {
+        name: np.zeros((len(input_ids), heads, 0, dim), signature.cache_dtype)
+        for i, (heads, dim) in enumerate(signature.cache_shapes)
+        for name in (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+    }
+    return _with_positions(signature, input_ids, mask) | past
+
+
+def step(signature: Signature, input_ids: Array, mask: Array, outputs: Feeds) -> Feeds:
+    """A later call: new tokens, and the cache that the previous call returned.
+
+    Args:
+        input_ids: int64 [B, S], usually S = 1.
+        mask: int64 [B, past + S].
+        outputs: of the previous call, with present.{i}.key and .value.
+    """
+    past = {
+        name.replace("present.", "past_key_values."): a for name, a in outputs.items() if name.startswith("present.")
+    }
+    return _with_positions(signature, input_ids, mask) | past
+
+
+def _with_positions(signature: Signature, input_ids: Array, mask: Array) -> Feeds:
+    feeds = {"input_ids": input_ids, "attention_mask": mask}
+    if signature.has_position_ids:
+        # Padding has no position of its own; Hugging Face's generate counts the same way.
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        feeds["position_ids"] = positions[:, -input_ids.shape[1] :]
+    return feeds
+
+
+def left_pad(rows: list[list[int]], pad_id: int = 0) -> tuple[Array, Array]:
+    """Token lists of different lengths -> (input_ids int64 [B, S], mask int64 [B, S]), padded on the left."""
+    width = max(map(len, rows))
+    ids = np.array([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=np.int64)
+    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=np.int64)
+    return ids, mask

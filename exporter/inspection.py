@@ -1,0 +1,137 @@
+"""What a file is, in a screenful: checkpoints and ONNX graphs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from export_vq import contract
+from export_vq.errors import UserError
+from export_vq.files import size
+from export_vq.records import HeadSpec, OnnxArtifact, Record
+
+_WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Inspection(Record):
+    """`numbers` counts the floating-point parameters of the file's model; sizes are bytes in `dtype`, codes packed."""
+
+    path: str
+    what: str
+    model_type: str
+    dtype: str
+    spec: HeadSpec
+    file_bytes: int
+    numbers: int
+    tied_embedding: bool
+    floor: float | None = None
+    """Lowest perplexity any training could reach with this mapping on the given text."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def head_bytes(self) -> int:
+        return self.spec.head_bytes(_WIDTH[self.dtype])
+
+    @property
+    def dense_head_bytes(self) -> int:
+        return self.spec.dense_bytes(_WIDTH[self.dtype])
+
+    @property
+    def model_bytes(self) -> int:
+        """The whole model with its VQ head."""
+        return self.numbers * _WIDTH[self.dtype] + self.spec.code_bytes
+
+    @property
+    def dense_model_bytes(self) -> int:
+        """The whole model with the full-softmax head; where that was tied to the input embedding it costs nothing."""
+        backbone = self.model_bytes - self.head_bytes
+        return backbone + (0 if self.tied_embedding else self.dense_head_bytes)
+
+
+def inspect_path(path: Path, text: Path | None = None) -> Inspection:
+    """Look at a VQ-Logits checkpoint or at an ONNX file that export-vq wrote.
+
+    Args:
+        path: model.pt, Hugging Face folder or .onnx file.
+        text: UTF-8 text for the perplexity floor; checkpoints with a tokenizer only.
+
+    Raises:
+        UserError: the path is none of these, or is damaged.
+    """
+    if path.suffix == ".onnx":
+        if text is not None:
+            raise UserError(f"{path}: the floor needs the tokenizer of a checkpoint; give --text with the model.pt")
+        return _inspect_onnx(path)
+    return _inspect_checkpoint(path, text)
+
+
+def _inspect_checkpoint(path: Path, text: Path | None) -> Inspection:
+    from export_vq.compress.quality import mapping_floor
+    from export_vq.load import load_model
+    from export_vq.text import read_text, token_blocks
+
+    loaded = load_model(path)
+    floor = None
+    if text is not None and loaded.head is not None:
+        floor = mapping_floor(loaded.head, token_blocks(loaded.tokenizer(), read_text(text), 1).flatten())
+    return Inspection(
+        path=str(path),
+        what="checkpoint",
+        model_type=loaded.model_type,
+        dtype="fp32",
+        spec=loaded.spec,
+        file_bytes=size(path),
+        numbers=sum(p.numel() for p in loaded.model.parameters()),
+        tied_embedding=loaded.tied_embedding,
+        floor=floor,
+        notes=loaded.notes,
+    )
+
+
+def _inspect_onnx(path: Path) -> Inspection:
+    import onnx_ir as ir
+
+    from export_vq.forms import gather_scatter_nodes
+    from export_vq.graph import METADATA_KEY
+
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a readable ONNX file ({reason}); export it again") from error
+    metadata = model.metadata_props.get(METADATA_KEY)
+    if metadata is None:
+        raise UserError(f"{path}: not written by export-vq (no {METADATA_KEY} metadata); give one of its files")
+    artifact = OnnxArtifact.from_json(json.loads(metadata))
+    nodes = len(gather_scatter_nodes(model))
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    data = [path.with_name(name) for name in {str(w.location) for w in weights if isinstance(w, ir.ExternalTensor)}]
+    missing = [file.name for file in data if not file.is_file()]
+    if missing:
+        raise UserError(f"{path}: its weights file {missing[0]} is missing; keep both files in one folder")
+    functions = ", ".join(sorted(f.name for f in model.functions.values())) or "none"
+    return Inspection(
+        path=str(path),
+        what=f"ONNX, {artifact.form} form, opset {artifact.opset}",
+        model_type=artifact.model_type,
+        dtype=artifact.dtype,
+        spec=artifact.spec,
+        file_bytes=path.stat().st_size + sum(file.stat().st_size for file in data),
+        numbers=sum(w.size for w in weights if w.dtype.is_floating_point()),
+        tied_embedding=artifact.tied_embedding,
+        notes=(
+            f"{nodes} {contract.DOMAIN}::{contract.GATHER_SCATTER} node{'' if nodes == 1 else 's'}, functions: {functions}",
+            f"inputs: {', '.join(_named(artifact.input_names))}",
+            f"outputs: {', '.join(_named(artifact.output_names))}",
+            *artifact.notes,
+        ),
+    )
+
+
+def _named(names: tuple[str, ...]) -> list[str]:
+    """Names for a screen: the cache's many tensors as one pattern."""
+    plain = [n for n in names if ".key" not in n and ".value" not in n]
+    cache = [n for n in names if n not in plain]
+    return plain + ([f"{cache[0]} .. {cache[-1]}"] if cache else [])

@@ -1,0 +1,85 @@
+"""What a run found, for people: records in, one HTML page or a few lines of Markdown out. Nothing here measures or judges.
+
+The page needs nothing but itself: styles are in it, plots are inline SVG, there is no script.
+"""
+
+from __future__ import annotations
+
+import jinja2
+
+from export_vq.plots import plot
+from export_vq.records import RunReport
+from export_vq.wording import (
+    allowed_error,
+    change,
+    error_quantile,
+    head_parts,
+    headline_speedup,
+    number,
+    printable,
+    share,
+    size,
+    size_sentence,
+    speed_sentences,
+    speedups,
+    times,
+    verdict,
+    worst_parity,
+)
+
+
+def render_html(report: RunReport) -> str:
+    """The whole report as one HTML page that loads nothing from anywhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("export_vq", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    formats = (number, share, change, size, times, printable)
+    environment.filters.update({function.__name__: function for function in formats})
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        verdict=verdict(report),
+        worst=worst_parity(report),
+        speedups=speedups(report.bench),
+        headline=headline_speedup(report.bench),
+        speed_sentences=speed_sentences(report.bench),
+        size_sentence=size_sentence(report),
+        parts=head_parts(report.spec),
+        quantile=error_quantile,
+        allowed=allowed_error,
+        plot=lambda name, label: plot(name, label, report),
+    )
+
+
+def render_summary(report: RunReport) -> str:
+    """The report in a few lines of Markdown, the verdict first."""
+    spec, gap = report.spec, report.gap
+    lines = [": ".join(verdict(report)), ""]
+    lines += [f"- failed: {parity.candidate}: {failure}" for parity in report.parity for failure in parity.failures]
+    lines.append(
+        f"- model: {report.model} ({report.model_type}, {report.dtype}); {spec.kind} head, V={spec.vocab_size:,} "
+        f"D={spec.hidden_size:,} M={spec.num_codebooks} K={spec.num_codes:,}"
+    )
+    lines += [
+        f"- export gap, {parity.candidate}: largest logit error {number(parity.total.max_abs)} "
+        f"({number(parity.total.relative_max)} of the logit range), same top token at "
+        f"{share(parity.total.top1_agreement)} of {parity.total.positions:,} positions"
+        for parity in report.parity
+    ]
+    if gap is None:
+        lines.append("- model gap: no baseline given")
+    else:
+        lines.append(
+            f"- model gap: perplexity {number(gap.stats.perplexity_candidate)} against "
+            f"{number(gap.stats.perplexity_reference)} of {gap.baseline} ({change(gap.perplexity_increase)}), "
+            f"floor {number(gap.floor)}, same top token at {share(gap.stats.top1_agreement)} of positions"
+        )
+    lines += [f"- speed: {sentence}" for sentence in speed_sentences(report.bench) or ("not measured",)]
+    lines.append(f"- size: {size_sentence(report)}")
+    if report.continuation:
+        lines.append(f"- the model writes: {report.prompt}|{report.continuation}")
+    lines += [f"- not done: {item}" for item in report.not_done]
+    return "\n".join(printable(line) for line in lines) + "\n"

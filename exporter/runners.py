@@ -1,0 +1,116 @@
+"""Everything that can run a model, in one shape: a context manager with `infer(feeds) -> {name: array}`.
+
+Arrays are numpy; bfloat16 travels as float32, which holds every bfloat16 number exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from export_vq.errors import UserError
+from export_vq.feeds import Feeds, Signature
+from export_vq.load import LoadedModel, convert
+from export_vq.records import OnnxArtifact
+from export_vq.require import require
+
+_NUMPY: dict[torch.dtype, type[np.floating[Any]]] = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.float32}
+
+
+class _Context:
+    """`with runner:` frees what it holds at the end."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the runner holds; it cannot run after."""
+
+
+class TorchRunner(_Context):
+    """The PyTorch model: the reference. In float64 it is the oracle of the half-precision checks.
+
+    Norms that an architecture always computes in float32 stay so in the oracle: its error is that of float32 at most,
+    four orders below what half precision leaves.
+    """
+
+    def __init__(self, loaded: LoadedModel, signature: Signature, dtype: torch.dtype = torch.float32) -> None:
+        """Args: the model; the signature of its graph; the type to compute in (other than the model's: a copy)."""
+        held = next(loaded.model.parameters()).dtype
+        self.name = f"PyTorch {str(dtype).removeprefix('torch.')}"
+        self.signature = Signature(signature.cache_shapes, signature.has_position_ids, _NUMPY[dtype])
+        self._dtype = dtype
+        self._model: nn.Module | None = loaded.model if held == dtype else convert(copy.deepcopy(loaded.model), dtype)
+        if dtype == torch.float64:
+            # Eager attention takes its softmax in float32, where a float64 mask overflows to -inf and padding to NaN.
+            self._model.set_attn_implementation("sdpa")  # type: ignore[operator]
+
+    def infer(self, feeds: Feeds) -> Feeds:
+        from transformers import DynamicCache
+
+        assert self._model is not None, "the runner is closed"
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        layers = range(len(self.signature.cache_shapes))
+        pairs = [[tensors.pop(f"past_key_values.{i}.{p}").to(self._dtype) for p in ("key", "value")] for i in layers]
+        with torch.inference_mode():
+            out = self._model(**tensors, past_key_values=DynamicCache(ddp_cache_data=pairs), use_cache=True)
+        presents = {
+            f"present.{i}.{part}": getattr(layer, f"{part}s")
+            for i, layer in enumerate(out.past_key_values.layers)
+            for part in ("key", "value")
+        }
+        wanted = torch.float32 if self._dtype == torch.bfloat16 else self._dtype
+        return {name: value.to(wanted).numpy() for name, value in {"logits": out.logits, **presents}.items()}
+
+    def close(self) -> None:
+        self._model = None
+
+
+class OrtRunner(_Context):
+    """ONNX Runtime on a file, with nothing of ours registered unless it is installed."""
+
+    def __init__(
+        self, path: Path, signature: Signature, *, threads: int = 0, provider: str = "CPUExecutionProvider"
+    ) -> None:
+        """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider.
+
+        Raises:
+            UserError: ONNX Runtime is not installed, or cannot run this file on this provider.
+        """
+        ort = require("onnxruntime", extra="cpu")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
+        self.signature = signature
+        try:
+            self._session: Any = ort.InferenceSession(path, options, providers=[provider])
+        except Exception as error:  # the runtime's exceptions share no base
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{path}: ONNX Runtime cannot run it on {provider} ({reason}); export with --dtype fp32 or fp16, or use a GPU"
+            ) from error
+
+    def infer(self, feeds: Feeds) -> Feeds:
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, feeds), strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def signature_of(artifact: OnnxArtifact) -> Signature:
+    """The signature of an exported decoder graph."""
+    cache_dtype = np.float16 if artifact.dtype == "fp16" else np.float32
+    return Signature(artifact.cache_shapes, "position_ids" in artifact.input_names, cache_dtype)

