@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -18,6 +19,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from export_vq.errors import CheckFailed, UserError
+
+_QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+"""Libraries keep quiet, as this tool shows its own progress, and never look for a model on the network."""
 
 console = Console(stderr=True, highlight=False)
 """Progress and messages; results go to standard output."""
@@ -64,6 +68,8 @@ class _Steps:
 
 def main() -> None:
     """Entry point: exit code 0 done, 1 a check failed, 2 usage or input; a traceback only with --debug."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     debug = "--debug" in sys.argv
     try:
         cli.main(args=[a for a in sys.argv[1:] if a != "--debug"], standalone_mode=False)
@@ -80,6 +86,13 @@ def main() -> None:
         sys.exit(130)
     except click.ClickException as error:
         error.show()
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if debug or str(error.name).startswith("export_vq"):
+            raise
+        console.print(
+            f"[red]error:[/] {error.name} cannot be imported; install it with: pip install -c constraints.txt export-vq"
+        )
         sys.exit(2)
     except MemoryError:
         console.print("[red]error:[/] out of memory; close other programs, or use a machine with more")
@@ -281,15 +294,37 @@ def check(model: Path, folder: Path, text: Path | None, positions: int, threads:
     "--num-codes", type=click.IntRange(1, 65536), default=256, show_default=True, help="K, codes per codebook."
 )
 @click.option("--bias/--no-bias", default=True, show_default=True, help="A bias per token.")
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(256),
+    default=32768,
+    show_default=True,
+    help="How much of the text to run through the model.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the clustering.")
 def compress(
-    model: Path, text: Path, output: Path, kind: str, num_codebooks: int | None, num_codes: int, bias: bool, seed: int
+    model: Path,
+    text: Path,
+    output: Path,
+    kind: str,
+    num_codebooks: int | None,
+    num_codes: int,
+    bias: bool,
+    calibration_tokens: int,
+    seed: int,
 ) -> None:
     """Make a VQ-Logits model out of MODEL, a causal language model as a Hugging Face folder or a GGUF file."""
     from export_vq.compress import CompressOptions
     from export_vq.pipeline import compress_step
 
-    options = CompressOptions(kind=kind, num_codebooks=num_codebooks, num_codes=num_codes, bias=bias, seed=seed)
+    options = CompressOptions(
+        kind=kind,
+        num_codebooks=num_codebooks,
+        num_codes=num_codes,
+        bias=bias,
+        seed=seed,
+        calibration_tokens=calibration_tokens,
+    )
     spec = compress_step(model, text, output, options, _Steps())
     click.echo(
         f"{output}: {spec.kind} head, M={spec.num_codebooks}, K={spec.num_codes}, {spec.head_bytes() / 2**20:.1f} MiB in fp16, "

@@ -34,7 +34,14 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir import tape
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
 from export_vq import contract, forms
@@ -271,16 +278,34 @@ def _trace(
         model.set_output_embeddings(_Placeholder(head))  # type: ignore[operator]
         with torch.no_grad(), _quiet():
             program = torch.export.export(_Backbone(model), inputs, dynamic_shapes=shapes, strict=False)
-            exported = torch.onnx.export(program, inputs, dynamo=True, opset_version=opset, optimize=True, verify=False)
+            exported = torch.onnx.export(
+                program, inputs, dynamo=True, opset_version=opset, optimize=False, verify=False
+            )
     finally:
         model.set_output_embeddings(head)  # type: ignore[operator]
     assert exported is not None
     graph = exported.model
+    _simplify(graph)
     _rename(graph, positions is not None)
-    ClearMetadataAndDocStringPass()(graph)
-    DeduplicateInitializersPass()(graph)
     graph.producer_name, graph.producer_version = "export-vq", version("export-vq")
     return graph
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold what is constant, merge what is computed twice.
+
+    The exporter's own optimiser also tries some forty rewrite rules on every node: 53 s instead of 2 s for a six-layer
+    Llama, to remove no-op slices and casts that every runtime removes by itself.
+    """
+    fold_constants(model)
+    ir.passes.Sequential(
+        RemoveUnusedNodesPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+        RemoveUnusedNodesPass(),
+        ClearMetadataAndDocStringPass(),
+    )(model)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,13 @@ coordinates; additive: additive quantisation, AQLM, arXiv 2401.06118):
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export_vq.records import HeadSpec
+
+ROWS = 256
+"""Rows that the op takes together: the tables of so many fit a CPU's last cache, at M * K up to 100,000."""
 
 
 def gather_scatter(code_logits: Tensor, codes: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,15 +37,24 @@ def gather_scatter(code_logits: Tensor, codes: Tensor, bias: Tensor | None = Non
         T [.., V]. Sums accumulate in float32 (float64 for float64 input) and are rounded to T once.
     """
     m = codes.shape[1]
-    tables = code_logits.to(_accumulator(code_logits.dtype)).unflatten(-1, (m, -1))  # [.., M, K]
-    index = codes.T.long()  # [M, V]
-    # One codebook at a time: [.., V] of scratch instead of [.., V, M].
-    logits: Tensor = tables[..., 0, :].index_select(-1, index[0])
-    for i in range(1, m):
-        logits += tables[..., i, :].index_select(-1, index[i])
+    lead, k = code_logits.shape[:-1], code_logits.shape[-1] // m
+    rows = code_logits.reshape(lead.numel(), m * k).to(_accumulator(code_logits.dtype))
+    # All rows of one table entry lie together, so that a token's sum is M additions of contiguous vectors.
+    entries = codes.to(torch.int32) + k * torch.arange(m, dtype=torch.int32, device=codes.device)  # [V, M]
+    logits = torch.cat([_sums(part, entries) for part in rows.split(ROWS)])  # [rows, V]
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    return logits.to(code_logits.dtype)
+    return logits.to(code_logits.dtype).reshape(*lead, codes.shape[0])
+
+
+def _sums(rows: Tensor, entries: Tensor) -> Tensor:
+    """Table rows [n, M*K], entries [V, M] into them -> sums [n, V]."""
+    n = rows.shape[0]
+    if n == 0:
+        return rows.new_empty(0, entries.shape[0])
+    # A few zero rows more: torch takes vectors of one float twenty times slower than vectors of eight.
+    padded = F.pad(rows, (0, 0, 0, -n % 8))
+    return F.embedding_bag(entries, padded.T.contiguous(), mode="sum").T[:n]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -72,7 +72,7 @@ class RunOptions:
     baseline: Path | None = None
     prompt: str = PROMPT
     positions: int = 2048
-    gap_tokens: int = 8192
+    gap_tokens: int = 4096
     threads: int = 0
 
 
@@ -351,8 +351,7 @@ class _Run:
         baseline, text = options.baseline, options.text
 
         def measure(tell: Callable[[float], None]) -> ModelGap:
-            with self.progress.step("read baseline"):
-                dense = load_dense(baseline)
+            dense = load_dense(baseline)
             blocks = torch.from_numpy(self._blocks(GAP_BLOCK, options.gap_tokens // GAP_BLOCK))
             return measure_gap(dense, self.loaded, blocks, baseline=baseline.name, text=text.name, progress=tell)
 

@@ -20,7 +20,12 @@ from export_vq.load import LoadedModel, convert
 from export_vq.records import OnnxArtifact
 from export_vq.require import require
 
-_NUMPY: dict[torch.dtype, type[np.floating[Any]]] = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.float32}
+_NUMPY: dict[torch.dtype, type[np.floating[Any]]] = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.float32,
+}
 
 
 class _Context:
@@ -92,6 +97,8 @@ class OrtRunner(_Context):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        # Two models, or PyTorch and a model, take turns in one process: threads that spin while idle would slow the other.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
         self.signature = signature
         try:

@@ -605,3 +605,56 @@ DAMAGES = (
         ("vocab.txt", "expected UTF-8 text", "copy it again"),
     ),
 )
+
+
+def write_gguf(path: Path) -> dict[str, Any]:
+    """Write a two-layer Llama with tied embeddings as a GGUF file; return its tensors by their GGUF names, numpy float32."""
+    import gguf
+    import numpy as np
+
+    vocab, d, ff, heads, kv = 97, 32, 48, 4, 2
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(d)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(ff)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(d // heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocab)
+    tokens = ["<unk>", "</s>", "th", *(chr(c) for c in range(33, 126)), "Ġ"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (vocab - 2))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, d), "output_norm.weight": (d,)}
+    for i in range(2):
+        layer = {
+            "attn_norm": (d,),
+            "ffn_norm": (d,),
+            "attn_q": (d, d),
+            "attn_k": (d * kv // heads, d),
+            "attn_v": (d * kv // heads, d),
+            "attn_output": (d, d),
+            "ffn_gate": (ff, d),
+            "ffn_up": (ff, d),
+            "ffn_down": (d, ff),
+        }
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+    random = np.random.default_rng(0)
+    tensors = {
+        name: (0.2 * random.standard_normal(shape) if len(shape) > 1 else np.ones(shape)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors

@@ -18,7 +18,7 @@ __all__ = ["CompressOptions", "compress_model", "default_num_codebooks"]
 
 BLOCK = 256
 """Tokens that the model sees together; fewer where its positions end sooner."""
-SAMPLE = 3072
+SAMPLE = 4096
 """Calibration positions at which V logits are built, for token probabilities and the bias."""
 
 
@@ -37,7 +37,7 @@ class CompressOptions:
     bias: bool = True
     rotation: bool = True
     seed: int = 0
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 32768
 
 
 def compress_model(

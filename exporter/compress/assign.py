@@ -38,8 +38,10 @@ from export_vq.compress.cluster import weighted_kmeans
 from export_vq.compress.statistics import OutputLayer, Statistics
 from export_vq.head import VQHead
 
-RIDGE = 1e-4
-POWER = 0.75
+RIDGE = 0.03
+POWER = 0.5
+"""A larger power favours the text at hand, a smaller one texts unlike it: SmolLM2 calibrated on Shakespeare, M = 144, loses
+2.0 % perplexity on other plays and 36 % on software documentation with 0.75, 2.4 % and 27 % with 0.5."""
 ITERATIONS = 15
 TURNS = 8
 TURN_ITERATIONS = 2

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from export_vq.compress.statistics import replace_output
 from export_vq.errors import UserError
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel
@@ -52,14 +51,12 @@ def measure_gap(
             f"{text}: found a token id of {int(blocks.max())}, expected ids from 0 to {v - 1}; use the model's own tokenizer"
         )
     assert vq.head is not None  # vq.spec has refused otherwise
-    # The dense twin is the same function, and many times faster than adding up M numbers for each of V tokens in torch.
-    models = (dense.model, replace_output(vq.model, vq.head.dense_twin(), share=True))
     total = ErrorAccumulator()
     targets = torch.cat([blocks[:, 1:], torch.full_like(blocks[:, :1], -1)], dim=1)  # -1: unknown
     done = 0
     rows = max(1, POSITIONS // blocks.shape[1])
     for ids, following in zip(blocks.split(rows), targets.split(rows), strict=True):
-        reference, candidate = (_logits(model, ids) for model in models)
+        reference, candidate = (_logits(model, ids) for model in (dense.model, vq.model))
         total.add(reference.numpy(), candidate.numpy(), following.flatten().numpy())
         done += len(ids)
         progress(done / len(blocks))

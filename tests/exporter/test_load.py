@@ -358,3 +358,13 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
         load_dense(path)
     assert str(refusal.value).startswith(str(path))
     assert str(refusal.value).isprintable()
+
+
+def test_a_gguf_file_is_read_with_its_tokenizer(tmp_path):
+    tensors = checkpoints.write_gguf(tmp_path / "model.gguf")
+    loaded = load_dense(tmp_path / "model.gguf")
+    assert (loaded.model_type, loaded.tied_embedding, loaded.head) == ("llama", True, None)
+    rows = loaded.model.get_input_embeddings().weight.detach().numpy()
+    assert (rows == tensors["token_embd.weight"]).all()
+    assert loaded.tokenizer()("them")["input_ids"] == [2, 3 + ord("e") - 33, 3 + ord("m") - 33]
+    assert logits(loaded).isfinite().all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from export_vq.compress.assign import Metric, product_head, single_head, token_weights
+from export_vq.compress.assign import RIDGE, Metric, product_head, single_head, token_weights
 from export_vq.compress.bias import matched_bias, mean_error_bias
 from export_vq.compress.cluster import weighted_kmeans
 from export_vq.compress.statistics import OutputLayer, Statistics, mean_probability
@@ -42,8 +42,9 @@ def test_metric_makes_squared_distance_the_squared_logit_error_about_the_mean() 
     metric = Metric.of(stats.covariance)
     change = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     centred = stats.sample.double() - stats.mean
-    expected = (centred @ change).square().mean()
-    torch.testing.assert_close((change @ metric.to).square().sum(), expected, rtol=1e-3, atol=0)
+    ridge = RIDGE * stats.covariance.trace() / 16 * change.square().sum()
+    expected = (centred @ change).square().mean() + ridge
+    torch.testing.assert_close((change @ metric.to).square().sum(), expected)
     torch.testing.assert_close(metric.to @ metric.back, torch.eye(16, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
@@ -54,9 +55,9 @@ def test_rotation_whitens_the_hidden_states_and_keeps_the_logits() -> None:
     torch.testing.assert_close(head(stats.sample), stats.sample @ layer.weight.T, atol=2e-4, rtol=0)
     with_bias = product_head(layer, stats, 4, 8)
     assert with_bias.rotation is not None
-    seen = (stats.sample.double() - stats.mean) @ with_bias.rotation.detach().double()
-    # The ridge keeps the smallest directions a little below 1.
-    torch.testing.assert_close(seen.T @ seen / len(seen), torch.eye(16, dtype=torch.float64), atol=0.12, rtol=0)
+    rotation, identity = with_bias.rotation.detach().double(), torch.eye(16, dtype=torch.float64)
+    raised = stats.covariance + RIDGE * stats.covariance.trace() / 16 * identity
+    torch.testing.assert_close(rotation.T @ raised @ rotation, identity, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
