@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import inspect
 import io
 import json
@@ -121,8 +122,9 @@ def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> di
             versions={n: version(n) for n in ("export-vq", "torch", "transformers", "onnx", "onnxscript")},
             tied_embedding=loaded.tied_embedding,
             notes=loaded.notes,
+            external_data_bytes=options.external_data_bytes,
         )
-        artifacts[kind] = write_graph(graph, folder, artifact, options.external_data_bytes)
+        artifacts[kind] = write_graph(graph, folder, artifact)
     return artifacts
 
 
@@ -148,7 +150,7 @@ def head_graph(head: VQHead, kind: str, *, opset: int = DEFAULT_OPSET) -> ir.Mod
     return model
 
 
-def write_graph(model: ir.Model, folder: Path, artifact: OnnxArtifact, external_data_bytes: int) -> OnnxArtifact:
+def write_graph(model: ir.Model, folder: Path, artifact: OnnxArtifact) -> OnnxArtifact:
     """Save a graph under `artifact.path`, its weights in one .data file when they are large, and its record.
 
     Returns:
@@ -161,9 +163,9 @@ def write_graph(model: ir.Model, folder: Path, artifact: OnnxArtifact, external_
     target = folder / artifact.path
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     hashes = {}
-    if weights > external_data_bytes:
-        # Named after the weights' source: new weights never overwrite those that an existing graph refers to.
-        key = f"{artifact.source_sha256[:8]}-{artifact.dtype}"
+    if weights > artifact.external_data_bytes:
+        # Named after all that the weights come from: new ones never overwrite those that an existing graph refers to.
+        key = hashlib.sha256(json.dumps(artifact.to_json()).encode()).hexdigest()[:12]
         data = target.with_name(f"{target.stem}.{key}.data")
         with whole(target) as staged:
             ir.save(model, staged, external_data=data.name)

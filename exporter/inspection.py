@@ -75,7 +75,10 @@ def _inspect_checkpoint(path: Path, text: Path | None) -> Inspection:
     loaded = load_model(path)
     floor = None
     if text is not None and loaded.head is not None:
-        floor = mapping_floor(loaded.head, token_blocks(loaded.tokenizer(), read_text(text), 1).flatten())
+        floor = mapping_floor(
+            loaded.head,
+            token_blocks(loaded.tokenizer(), read_text(text), 1, vocab_size=loaded.spec.vocab_size).flatten(),
+        )
     return Inspection(
         path=str(path),
         what="checkpoint",

@@ -44,6 +44,8 @@ from export_vq.text import read_text, token_blocks
 
 PROMPT = "The capital of France is"
 GAP_BLOCK = 256
+_EXPORTERS = ("export-vq", "torch", "transformers", "onnx", "onnxscript")
+"""Packages whose version shapes an exported graph."""
 
 
 class Progress(Protocol):
@@ -135,7 +137,8 @@ def export_step(
     loaded: Callable[[], LoadedModel], source: str, bundle: Bundle, options: ExportOptions, progress: Progress
 ) -> dict[str, OnnxArtifact]:
     """Export, or the artifacts on disk when they were made from the same source with the same options and versions."""
-    wanted = (source, options.dtype, options.opset, version("export-vq"), version("torch"), version("transformers"))
+    versions = tuple(version(name) for name in _EXPORTERS)
+    wanted = (source, options.dtype, options.opset, options.external_data_bytes, *versions)
     kept = {"vq": bundle.artifact("model.onnx"), "dense": bundle.artifact("dense.onnx")}
     found = {name: a for name, a in kept.items() if a is not None}
     if len(found) == 2 and found["vq"].form == options.form and all(_made_from(a) == wanted for a in found.values()):
@@ -151,15 +154,8 @@ def export_step(
 
 
 def _made_from(artifact: OnnxArtifact) -> tuple[Any, ...]:
-    v = artifact.versions
-    return (
-        artifact.source_sha256,
-        artifact.dtype,
-        artifact.opset,
-        v.get("export-vq"),
-        v.get("torch"),
-        v.get("transformers"),
-    )
+    versions = tuple(artifact.versions.get(name) for name in _EXPORTERS)
+    return (artifact.source_sha256, artifact.dtype, artifact.opset, artifact.external_data_bytes, *versions)
 
 
 class _Run:
@@ -168,6 +164,10 @@ class _Run:
     def __init__(self, model: Path, bundle: Bundle, options: RunOptions, progress: Progress) -> None:
         if not model.exists():
             raise UserError(f"{model}: no such file or folder; give a VQ-Logits model.pt or a Hugging Face folder")
+        if options.baseline is not None and not options.baseline.exists():
+            raise UserError(
+                f"{options.baseline}: no such file or folder; give the dense model as a Hugging Face folder or GGUF file"
+            )
         self.path, self.bundle, self.options, self.progress = model, bundle, options, progress
         self.source = sha256(model)
         self.not_done: list[str] = []
@@ -187,13 +187,13 @@ class _Run:
 
     def report(self) -> RunReport:
         options, bundle = self.options, self.bundle
-        artifacts = export_step(lambda: self.loaded, self.source, bundle, options.export, self.progress)
         key = {
             "source": self.source,
             "export": asdict(options.export),
             "text": self.text_key,
             "version": version("export-vq"),
         }
+        artifacts = export_step(lambda: self.loaded, self.source, bundle, options.export, self.progress)
         if options.text is None:
             self.not_done.append("perplexity: measured on random tokens only; give a text with --text FILE")
         runs = self._can_run(artifacts["vq"])
@@ -279,7 +279,9 @@ class _Run:
     def _blocks(self, width: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Token blocks [count, width] of the text, or random ones."""
         if self.text is not None:
-            blocks = token_blocks(self.loaded.tokenizer(), self.text, width, count).numpy()
+            blocks = token_blocks(
+                self.loaded.tokenizer(), self.text, width, count, vocab_size=self.loaded.spec.vocab_size
+            ).numpy()
             return np.resize(blocks, (count, width)) if len(blocks) < count else blocks
         return np.random.default_rng(0).integers(0, self.loaded.spec.vocab_size, (count, width))
 

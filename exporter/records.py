@@ -138,6 +138,8 @@ class OnnxArtifact(Record):
     tied_embedding: bool = False
     """The dense original shared its output layer with the input embedding, which stays dense."""
     notes: tuple[str, ...] = ()
+    external_data_bytes: int = 0
+    """Weights above this were to go to a .data file."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None) -> Tensor:
+def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None, *, vocab_size: int) -> Tensor:
     """Cut a text into blocks of token ids, int64 [N, block]; the rest that fills no block is dropped.
 
     Args:
@@ -37,14 +37,20 @@ def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None
         text: any length above one block.
         block: tokens a block.
         limit: at most this many blocks, spread evenly over the text.
+        vocab_size: of the model; every id must be below.
 
     Raises:
-        UserError: the text is shorter than one block.
+        UserError: the text is shorter than one block, or holds a token that the model does not know.
     """
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     if len(ids) < block:
         raise UserError(
             f"the text has {len(ids)} tokens, at least {block} were expected; give a longer text with --text"
+        )
+    if max(ids) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(
+            f"the text holds the token {token!r} with id {max(ids)}, expected ids below vocab_size {vocab_size}; remove it from the text"
         )
     blocks = torch.tensor(ids[: len(ids) // block * block]).reshape(-1, block)
     if limit is None or len(blocks) <= limit:

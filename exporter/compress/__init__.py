@@ -69,7 +69,9 @@ def compress_model(
     num_codebooks = _check(dense, options, *layer.weight.shape)
     block = min(BLOCK, dense.config.get("max_position_embeddings") or dense.config.get("n_positions") or BLOCK)
     tell("tokenise", 0.0)
-    blocks = token_blocks(dense.tokenizer(), text, block, max(1, options.calibration_tokens // block))
+    blocks = token_blocks(
+        dense.tokenizer(), text, block, max(1, options.calibration_tokens // block), vocab_size=len(layer.weight)
+    )
     tell("tokenise", 1.0)
     stats = collect(dense, blocks, SAMPLE, lambda part: tell("calibrate", part))
 

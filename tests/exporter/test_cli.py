@@ -103,6 +103,8 @@ def test_changed_input_is_not_skipped(capsys, monkeypatch, tmp_path):
         code, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out)
         assert code == 0
         assert ("unchanged, skipped" in stderr) == expected
+    _, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out, "--external-data-mb", "0")
+    assert "unchanged, skipped" not in stderr
     (out / "model.onnx").write_bytes(b"damaged")
     _, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out)
     assert "unchanged, skipped" not in stderr
@@ -198,6 +200,16 @@ def test_usage_errors_are_exit_code_2(capsys, monkeypatch, args, words, tmp_path
     assert code == 2
     assert words in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("option", ["--text", "--baseline"])
+def test_a_missing_file_is_named_before_any_work_is_done(world, capsys, monkeypatch, tmp_path, option):
+    code, _, stderr = run(
+        capsys, monkeypatch, world / "model.pt", "-o", tmp_path / "out", option, tmp_path / "nowhere.txt"
+    )
+    assert code == 2
+    assert "nowhere.txt" in stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_debug_prints_the_traceback(capsys, monkeypatch):

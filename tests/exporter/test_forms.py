@@ -80,6 +80,15 @@ def test_stock_runtime_computes_the_head(kind, m, k, v, rows, bias, rotation, ha
     assert (error <= bound).all()
 
 
+@pytest.mark.parametrize("opset", [18, 21, 23])
+@pytest.mark.parametrize("kind", contract.KINDS)
+def test_other_opsets_compute_the_same(opset, kind):
+    head = tiny_head(kind, 24, 31)
+    hidden = torch.randn(3, 1, 24, generator=torch.Generator().manual_seed(0))
+    outputs = [_run(head_graph(head, "vq", opset=version), hidden.numpy()) for version in (20, opset)]
+    np.testing.assert_array_equal(*outputs)
+
+
 @given(bits=st.sampled_from([8, 16]), v=st.integers(1, 40), m=st.integers(1, 9), seed=st.integers(0, 99))
 def test_packed_codes_come_back(bits, v, m, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (v, m), dtype=np.int64)
