@@ -33,7 +33,7 @@ def logits(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", TESTED_MODEL_TYPES)
 def test_saved_model_comes_back_and_computes_the_same(model_type: str, tied: bool, tmp_path: Path) -> None:
     dense = dense_model(tmp_path / "dense", model_type, tied)
-    ids = token_blocks(dense.tokenizer(), TEXT, 24, 2, vocab_size=97)
+    ids = token_blocks(dense.tokenizer(), TEXT, 24, 2, vocab_size=dense.config["vocab_size"])
     before = logits(dense, ids)
     state = {name: value.clone() for name, value in dense.model.state_dict().items()}
     vq = compress_model(dense, TEXT, OPTIONS)
@@ -58,7 +58,7 @@ def test_saved_model_comes_back_and_computes_the_same(model_type: str, tied: boo
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma3_text"])
 def test_statistics_are_of_what_enters_the_output_layer(model_type: str, tmp_path: Path) -> None:
     dense = dense_model(tmp_path, model_type)
-    blocks = token_blocks(dense.tokenizer(), TEXT, 32, 5, vocab_size=97)
+    blocks = token_blocks(dense.tokenizer(), TEXT, 32, 5, vocab_size=dense.config["vocab_size"])
     seen: list[torch.Tensor] = []
     layer = dense.model.get_output_embeddings()
     hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
@@ -83,7 +83,7 @@ def test_same_seed_same_checkpoint(kind: str, tmp_path: Path) -> None:
 def test_enough_codes_give_the_dense_model_back(tmp_path: Path) -> None:
     dense = dense_model(tmp_path, tied=True)
     vq = compress_model(dense, TEXT, CompressOptions(kind="single", num_codes=97, calibration_tokens=1024))
-    ids = token_blocks(dense.tokenizer(), TEXT, 24, 2, vocab_size=97)
+    ids = token_blocks(dense.tokenizer(), TEXT, 24, 2, vocab_size=dense.config["vocab_size"])
     torch.testing.assert_close(logits(vq, ids).softmax(-1), logits(dense, ids).softmax(-1), atol=1e-5, rtol=1e-4)
 
 
