@@ -69,6 +69,11 @@ class LoadedModel:
         return bool(AutoConfig.for_model(self.model_type).tie_word_embeddings)  # what the architecture does unasked
 
     @property
+    def max_positions(self) -> int:
+        """How many positions the model has; 2048 where its config is silent."""
+        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048)
+
+    @property
     def spec(self) -> HeadSpec:
         """The head's shape.
 

@@ -291,7 +291,7 @@ class _Run:
         positions = self.options.positions // (4 if half or artifact.head == "dense" else 1)
         signature = signature_of(artifact)
         dtype = TORCH_DTYPES[artifact.dtype]
-        cases = parity.standard_cases(self._blocks, positions)
+        cases = parity.standard_cases(self._blocks, positions, self.loaded.max_positions)
         loaded = self.loaded
         with (
             TorchRunner(loaded, signature, torch.float64 if half else dtype) as reference,
@@ -322,7 +322,7 @@ class _Run:
             for batch in (1, 8):
                 hidden = {"hidden_states": rng.standard_normal((batch, 1, width)).astype(number)}
                 work.append(Workload("head", batch, dict(heads), dict.fromkeys(heads, hidden)))
-            ids = self._blocks(128, 1)
+            ids = self._blocks(min(128, self.loaded.max_positions - 1), 1)
             start = {k: r.infer(feeds.prefill(r.signature, ids, np.ones_like(ids))) for k, r in models.items()}
             mask = np.ones((1, ids.shape[1] + 1), np.int64)
             steps = {k: feeds.step(r.signature, ids[:, -1:], mask, start[k]) for k, r in models.items()}
@@ -354,7 +354,8 @@ class _Run:
 
         def measure(tell: Callable[[float], None]) -> ModelGap:
             dense = load_dense(baseline)
-            blocks = torch.from_numpy(self._blocks(GAP_BLOCK, options.gap_tokens // GAP_BLOCK))
+            width = min(GAP_BLOCK, self.loaded.max_positions)
+            blocks = torch.from_numpy(self._blocks(width, options.gap_tokens // width))
             return measure_gap(dense, self.loaded, blocks, baseline=baseline.name, text=text.name, progress=tell)
 
         gap_key = {**key, "baseline": sha256(baseline), "tokens": options.gap_tokens}

@@ -67,7 +67,7 @@ def compress_model(
     tell = progress or (lambda _step, _fraction: None)
     layer = _output_layer(dense)
     num_codebooks = _check(dense, options, *layer.weight.shape)
-    block = min(BLOCK, dense.config.get("max_position_embeddings") or dense.config.get("n_positions") or BLOCK)
+    block = min(BLOCK, dense.max_positions)
     tell("tokenise", 0.0)
     blocks = token_blocks(
         dense.tokenizer(), text, block, max(1, options.calibration_tokens // block), vocab_size=len(layer.weight)

@@ -120,6 +120,23 @@ def test_without_text_and_baseline_what_was_not_done_is_named(world, capsys, mon
     assert any("--baseline" in line for line in report.not_done)
 
 
+def test_a_model_with_few_positions_is_not_driven_past_them(world, capsys, monkeypatch, tmp_path):
+    save_dense(tmp_path / "dense", "gpt2", tied=True)
+    save_tiny(tmp_path / "model.pt", "gpt2", "single")  # 64 learned positions
+    args = (
+        tmp_path / "model.pt",
+        "-o",
+        tmp_path / "out",
+        "--text",
+        world / "text.txt",
+        "--baseline",
+        tmp_path / "dense",
+    )
+    code, stdout, stderr = run(capsys, monkeypatch, *args, "--positions", "256", "--prompt", "the cat")
+    assert code == 0, stderr
+    assert "PASS" in stdout
+
+
 def test_check_fails_with_exit_code_1_when_the_graph_is_of_another_model(world, capsys, monkeypatch, tmp_path):
     out = tmp_path / "out"
     assert run(capsys, monkeypatch, "export", world / "model.pt", "-o", out)[0] == 0
