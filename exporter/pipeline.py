@@ -262,7 +262,6 @@ class _Run:
             )
             return False
         try:
-            require("onnxruntime", extra="cpu")
             OrtRunner(self.bundle.folder / artifact.path, signature_of(artifact)).close()
         except UserError as error:
             self.not_done.append(f"check and bench: {error}")
