@@ -1,8 +1,8 @@
-"""How fast, against what: paired timings of VQ and dense in one run.
+"""How fast, against what: timings of several ways to do the same, in one run.
 
-Both runners take turns inside every round and swap who goes first, so that drift of a shared machine meets both alike.
-Cold means that the CPU's caches were evicted before every single run, as the backbone of a decode step does to the
-head; warm is a loop of nothing else.
+They take turns round by round, and every round begins with another, so that drift of a shared machine meets all alike.
+Cold means that the device's caches were evicted before every single run, as the backbone of a decode step does to the
+head; warm is a short loop of nothing else.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from export_vq import feeds as fd
 from export_vq.records import BenchReport, Timing
+
+WARM_LOOP_SECONDS = 0.02
+"""How long one warm loop lasts; its first run is not counted."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to time on each of two runners: `runners` and `feeds` share the keys 'vq' and 'dense'."""
+    """One thing to time: `runs` does it once in each of several ways, by the names that the timings will carry."""
 
     subject: str
     batch: int
-    runners: dict[str, fd.Runner]
-    feeds: dict[str, fd.Feeds]
+    runs: dict[str, Callable[[], None]]
 
 
 def run_benchmark(
@@ -36,6 +37,8 @@ def run_benchmark(
     threads: int,
     dtype: str,
     backend: str,
+    device: str | None = None,
+    evict: Callable[[], None] | None = None,
     seconds: float = 2.0,
     min_rounds: int = 15,
     max_rounds: int = 300,
@@ -45,42 +48,56 @@ def run_benchmark(
 
     Args:
         workloads: what to run.
-        threads: the runners' intra-op threads, for the record.
+        threads: the runtime's intra-op threads, for the record.
         dtype: of the graphs, for the record.
         backend: what ran them, for the record.
-        seconds: time to spend on each workload and cache state, within the bounds on rounds.
-        min_rounds, max_rounds: bounds on the samples of each timing.
+        device: where, for the record; None: this machine's processor.
+        evict: empties the caches of that device; None: the processor's.
+        seconds: time to spend on each way, workload and cache state, within the bounds on rounds.
+        min_rounds, max_rounds: bounds on the rounds.
         progress: called with the fraction done.
     """
-    evictor = _Evictor()
+    evict = evict or _Evictor().evict
     timings: list[Timing] = []
     for i, workload in enumerate(workloads):
         for j, cache in enumerate(("warm", "cold")):
-            samples = _measure(workload, evictor if cache == "cold" else None, seconds, min_rounds, max_rounds)
+            samples = _measure(workload, evict if cache == "cold" else None, seconds, min_rounds, max_rounds)
             timings += [_timing(workload, name, cache, values) for name, values in samples.items()]
             progress((2 * i + j + 1) / (2 * len(workloads)))
-    return BenchReport(device=device_name(), threads=threads, dtype=dtype, backend=backend, timings=tuple(timings))
+    return BenchReport(
+        device=device or device_name(), threads=threads, dtype=dtype, backend=backend, timings=tuple(timings)
+    )
 
 
 def _measure(
-    workload: Workload, evictor: _Evictor | None, seconds: float, min_rounds: int, max_rounds: int
+    workload: Workload, evict: Callable[[], None] | None, seconds: float, min_rounds: int, max_rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of each runner, one sample a round."""
-    names = list(workload.runners)
+    """Milliseconds of each run."""
+    names = list(workload.runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + seconds * len(names)
     for turn in range(max_rounds):
         if turn >= min_rounds and time.perf_counter() > end:
             break
-        for name in names if turn % 2 else reversed(names):
-            runner, feeds = workload.runners[name], workload.feeds[name]
-            runner.infer(feeds)  # the other runner just had the caches; the very first run allocates
-            if evictor is not None:
-                evictor.evict()
-            start = time.perf_counter()
-            runner.infer(feeds)
-            samples[name].append((time.perf_counter() - start) * 1e3)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            run = workload.runs[name]
+            run()  # the others just had the caches; the very first run allocates
+            if evict is not None:
+                evict()
+                samples[name].append(_timed(run))
+                continue
+            loop_end = time.perf_counter() + WARM_LOOP_SECONDS
+            samples[name].append(_timed(run))
+            while time.perf_counter() < loop_end:
+                samples[name].append(_timed(run))
     return samples
+
+
+def _timed(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def _timing(workload: Workload, runner: str, cache: str, samples: list[float]) -> Timing:

@@ -10,6 +10,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from export_vq.errors import UserError
+from export_vq.plugins.library import LIBRARIES, build_command, find
+from export_vq.plugins.toolchain import NVCC_MEND, find_toolchain
 from export_vq.records import Record
 
 _INSTALL = "pip install -c constraints.txt"
@@ -36,7 +39,7 @@ class Finding(Record):
 
 
 def examine() -> list[Finding]:
-    """Look at versions, packages, GPU, disk and memory."""
+    """Look at versions, packages, native libraries and what builds them, GPU, disk and memory."""
     findings = [Finding("Python", "ok", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")]
     findings += [_package(name) for name in _PACKAGES]
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
@@ -48,7 +51,8 @@ def examine() -> list[Finding]:
                 "pip uninstall onnxruntime onnxruntime-gpu, then install one of them",
             )
         )
-    return [*findings, _gpu(), _memory(), _disk()]
+    findings += [_library(name) for name in LIBRARIES]
+    return [*findings, _compilers(), _gpu(), _memory(), _disk()]
 
 
 def _version(distribution: str) -> str | None:
@@ -64,6 +68,34 @@ def _package(name: str) -> Finding:
     if found:
         return Finding(name, "ok", found)
     return Finding(name, "missing", f"needed for {needed_for}", mend)
+
+
+def _library(name: str) -> Finding:
+    file = f"lib{name}.so"
+    try:
+        library = find(name)
+    except UserError as error:
+        return Finding(file, "wrong", str(error), build_command())
+    if library is None:
+        return Finding(file, "missing", f"not built: {LIBRARIES[name]}", build_command())
+    if not library.current:
+        return Finding(
+            file, "wrong", f"{LIBRARIES[name]}: built from other sources than this version's", build_command()
+        )
+    return Finding(file, "ok", f"{LIBRARIES[name]}, {'with' if library.cuda else 'without'} CUDA kernels")
+
+
+def _compilers() -> Finding:
+    try:
+        tools = find_toolchain()
+    except UserError as error:
+        return Finding("compilers", "missing", str(error), "none needed where the native libraries are built already")
+    found = f"CMake {tools.cmake.version}, C++ {tools.compiler.command} {tools.compiler.version}"
+    if tools.nvcc is None:
+        return Finding(
+            "compilers", "missing", f"{found}; no nvcc, so no CUDA kernels and no TensorRT plugin", NVCC_MEND
+        )
+    return Finding("compilers", "ok", f"{found}, nvcc {tools.nvcc.version}")
 
 
 def _gpu() -> Finding:

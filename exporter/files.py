@@ -14,7 +14,7 @@ from export_vq.errors import UserError
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, *, mend: str = "choose another output with -o") -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place when the block ends well.
 
     The block may write a file or make a folder under the temporary name. An existing file is replaced atomically; an
@@ -27,7 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror}); choose another output with -o") from error
+        raise UserError(f"{path}: cannot write there ({error.strerror}); {mend}") from error
     try:
         staged = scratch / path.name
         yield staged
@@ -35,9 +35,7 @@ def whole(path: Path) -> Iterator[Path]:
             path.rename(scratch / "replaced")
         staged.replace(path)
     except OSError as error:
-        raise UserError(
-            f"{path}: writing failed ({error.strerror or error}); free some room or choose another output with -o"
-        ) from error
+        raise UserError(f"{path}: writing failed ({error.strerror or error}); free some room or {mend}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -120,19 +120,20 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
 
 
 def pack_codes(codes: NDArray[np.integer], bits: int) -> NDArray[np.int32]:
-    """Code ids [V, M] -> int32 words: ids of `bits` bits, row by row, little-endian, the last word padded with zeros.
+    """Code ids [V, M] -> int32 words [M, W]: codebook by codebook, each one's V ids of `bits` bits, little-endian.
 
-    TensorRT plugins take neither uint8 nor uint16 tensors, so the ids travel in words.
+    Rows are padded with zeros to 16 bytes: neighbouring threads read neighbouring ids, and every codebook starts where
+    a 16-byte load may. TensorRT plugins take neither uint8 nor uint16 tensors, so the ids travel in words.
     """
-    flat = np.ascontiguousarray(codes).astype({8: "<u1", 16: "<u2"}[bits]).ravel()
-    padded = np.pad(flat, (0, -flat.size % (32 // bits)))
+    rows = np.ascontiguousarray(codes.T).astype({8: "<u1", 16: "<u2"}[bits])  # [M, V]
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % (128 // bits))))
     return padded.view("<i4").astype(np.int32)
 
 
-def unpack_codes(words: NDArray[np.int32], bits: int, vocab_size: int, num_codebooks: int) -> NDArray[np.int32]:
-    """The inverse of `pack_codes`: int32 words -> int32 [V, M]."""
-    flat = words.astype("<i4").view({8: "<u1", 16: "<u2"}[bits])
-    return flat[: vocab_size * num_codebooks].reshape(vocab_size, num_codebooks).astype(np.int32)
+def unpack_codes(words: NDArray[np.int32], bits: int, vocab_size: int) -> NDArray[np.int32]:
+    """The inverse of `pack_codes`: int32 words [M, W] -> int32 [V, M]."""
+    rows = words.astype("<i4").view({8: "<u1", 16: "<u2"}[bits])
+    return np.ascontiguousarray(rows[:, :vocab_size].T).astype(np.int32)
 
 
 def function_body(*, num_codebooks: int, has_bias: bool, opset: int) -> ir.Function:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from export_vq import feeds, parity
-from export_vq.bench import Workload, device_name, run_benchmark
+from export_vq import parity
+from export_vq.bench import device_name, run_benchmark
 from export_vq.bundle import Bundle
-from export_vq.compress import CompressOptions, compress_model
 from export_vq.compress.quality import measure_gap
+from export_vq.engine_steps import bench_engines, make_engines, sidecar
 from export_vq.errors import UserError
+from export_vq.feeds import Runner
 from export_vq.files import sha256, write_text
 from export_vq.generate import generate
-from export_vq.graph import TORCH_DTYPES, ExportOptions, export_onnx, head_graph
-from export_vq.load import LoadedModel, load_dense, load_model, save_model
+from export_vq.graph import TORCH_DTYPES, ExportOptions
+from export_vq.load import LoadedModel, load_dense, load_model
+from export_vq.progress import Progress
 from export_vq.records import (
     BenchReport,
-    Compressed,
     Continuation,
-    HeadSpec,
+    EngineArtifact,
     ModelGap,
     OnnxArtifact,
     ParityReport,
@@ -39,25 +39,14 @@ from export_vq.records import (
 )
 from export_vq.report import render_html
 from export_vq.require import require
-from export_vq.runners import OrtRunner, TorchRunner, signature_of
+from export_vq.runners import OrtRunner, TorchRunner, native_library, signature_of
+from export_vq.steps import export_step
 from export_vq.text import read_text, token_blocks
+from export_vq.trt_runner import TrtRunner
+from export_vq.workloads import head_workloads, runners, step_workload
 
 PROMPT = "The capital of France is"
 GAP_BLOCK = 256
-_EXPORTERS = ("export-vq", "torch", "transformers", "onnx", "onnxscript")
-"""Packages whose version shapes an exported graph."""
-
-
-class Progress(Protocol):
-    """Told what is being done and how far it is."""
-
-    def step(self, name: str) -> Any:
-        """A context manager around a step; yields a function that takes what is being done and the fraction done."""
-        ...
-
-    def skipped(self, name: str) -> None:
-        """A step's result was current."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,68 +83,6 @@ def run_pipeline(model: Path, out: Path, options: RunOptions, progress: Progress
         UserError: an input cannot be used.
     """
     return _Run(model, Bundle(out), options, progress).report()
-
-
-def compress_step(model: Path, text: Path, output: Path, options: CompressOptions, progress: Progress) -> HeadSpec:
-    """Make a VQ-Logits checkpoint of a dense model, or keep the one on disk when it was made from the same things.
-
-    Args:
-        model: Hugging Face folder or GGUF file.
-        text: UTF-8 text file or folder.
-        output: model.pt or a folder; `<output>.json` beside it records what it was made from.
-        options: see CompressOptions.
-        progress: told of every step.
-
-    Raises:
-        UserError: an input cannot be used.
-    """
-    words = read_text(text)
-    if not model.exists():
-        raise UserError(
-            f"{model}: no such file or folder; give a causal language model as a Hugging Face folder or GGUF file"
-        )
-    made_from = (sha256(model), hashlib.sha256(words.encode()).hexdigest(), asdict(options), version("export-vq"))
-    record = output.with_name(output.name + ".json")
-    if record.is_file() and output.exists():
-        kept = Compressed.load(record)
-        if (kept.source_sha256, kept.text_sha256, kept.options, kept.version) == made_from and kept.sha256 == sha256(
-            output
-        ):
-            progress.skipped("compress")
-            return kept.spec
-    with progress.step("load"):
-        dense = load_dense(model)
-    with progress.step("compress") as tell:
-        vq = compress_model(dense, words, options, tell)
-    with progress.step("save"):
-        save_model(vq, output)
-    Compressed(*made_from, spec=vq.spec, sha256=sha256(output)).save(record)
-    return vq.spec
-
-
-def export_step(
-    loaded: Callable[[], LoadedModel], source: str, bundle: Bundle, options: ExportOptions, progress: Progress
-) -> dict[str, OnnxArtifact]:
-    """Export, or the artifacts on disk when they were made from the same source with the same options and versions."""
-    versions = tuple(version(name) for name in _EXPORTERS)
-    wanted = (source, options.dtype, options.opset, options.external_data_bytes, *versions)
-    kept = {"vq": bundle.artifact("model.onnx"), "dense": bundle.artifact("dense.onnx")}
-    found = {name: a for name, a in kept.items() if a is not None}
-    if len(found) == 2 and found["vq"].form == options.form and all(_made_from(a) == wanted for a in found.values()):
-        progress.skipped("export")
-        return found
-    model = loaded()
-    with progress.step("export"):
-        artifacts = export_onnx(model, bundle.folder, options)
-    files = {"config.json": json.dumps(model.config, indent=2) + "\n", **model.tokenizer_files}
-    for name, text in files.items():
-        write_text(bundle.folder / name, text)
-    return artifacts
-
-
-def _made_from(artifact: OnnxArtifact) -> tuple[Any, ...]:
-    versions = tuple(artifact.versions.get(name) for name in _EXPORTERS)
-    return (artifact.source_sha256, artifact.dtype, artifact.opset, artifact.external_data_bytes, *versions)
 
 
 class _Run:
@@ -199,26 +126,35 @@ class _Run:
         runs = self._can_run(artifacts["vq"])
         checks, bench, written = [], None, Continuation("", "")
         if runs:
-            check_key = {**key, "positions": options.positions, "ort": version_of("onnxruntime")}
+            library = native_library()
+            check_key = {
+                **key,
+                "positions": options.positions,
+                "ort": version_of("onnxruntime"),
+                "native": library.sha256 if library else "",
+            }
+            judged = {"check": ("vq", True), "check-dense": ("dense", False)}
+            if library is None:
+                self.not_done.append(
+                    "native kernels: the VQ head runs as stock ops, which is slow on a CPU; build them with: export-vq plugins build"
+                )
+            else:
+                judged["check-stock"] = ("vq", False)
             checks = [
                 self._step(
-                    "check",
+                    name,
                     check_key,
                     ParityReport,
-                    lambda tell: self._check(artifacts["vq"], tell),
-                ),
-                self._step(
-                    "check-dense",
-                    check_key,
-                    ParityReport,
-                    lambda tell: self._check(artifacts["dense"], tell),
-                ),
+                    partial(self._check, artifacts[graph], native=native),
+                )
+                for name, (graph, native) in judged.items()
             ]
             bench_key = {**check_key, "device": device_name(), "threads": options.threads}
             bench = self._step("bench", bench_key, BenchReport, lambda tell: self._bench(artifacts, tell))
             written = self._step(
                 "write", {**key, "prompt": options.prompt}, Continuation, lambda _: self._write(artifacts["vq"])
             )
+        engines, engine_checks, engine_bench = self._engines(key)
         gap = self._gap(key)
         report = RunReport(
             model=self.path.name,
@@ -228,11 +164,13 @@ class _Run:
             tied_embedding=artifacts["vq"].tied_embedding,
             total_numbers=self._total_numbers(artifacts["vq"]),
             artifacts=tuple(artifacts.values()),
-            parity=tuple(checks),
+            parity=(*checks, *engine_checks),
             gap=gap,
             bench=bench,
             prompt=written.prompt,
             continuation=written.text,
+            engines=engines,
+            engine_bench=engine_bench,
             not_done=tuple(self.not_done),
             versions={name: version(name) for name in ("export-vq", "torch", "transformers", "onnx", "numpy")}
             | ({"onnxruntime": version_of("onnxruntime")} if runs else {}),
@@ -284,51 +222,71 @@ class _Run:
             return np.resize(blocks, (count, width)) if len(blocks) < count else blocks
         return np.random.default_rng(0).integers(0, self.loaded.spec.vocab_size, (count, width))
 
-    def _check(self, artifact: OnnxArtifact, tell: Callable[[float], None]) -> ParityReport:
-        half = artifact.dtype != "fp32"
-        # The float64 oracle and PyTorch's half types are slow: a quarter of the positions, and the dense twin likewise.
-        positions = self.options.positions // (4 if half or artifact.head == "dense" else 1)
-        signature = signature_of(artifact)
-        dtype = TORCH_DTYPES[artifact.dtype]
-        cases = parity.standard_cases(self._blocks, positions, self.loaded.max_positions)
-        loaded = self.loaded
-        with (
-            TorchRunner(loaded, signature, torch.float64 if half else dtype) as reference,
-            OrtRunner(self.bundle.folder / artifact.path, signature, threads=self.options.threads) as candidate,
-        ):
-            native = TorchRunner(loaded, signature, dtype) if half else None
-            return parity.check_parity(reference, candidate, cases, dtype=artifact.dtype, native=native, progress=tell)
+    def _check(self, artifact: OnnxArtifact, tell: Callable[[float], None], *, native: bool = True) -> ParityReport:
+        # The secondary graphs get a quarter of the positions.
+        secondary = artifact.head == "dense" or (not native and native_library() is not None)
+        with OrtRunner(
+            self.bundle.folder / artifact.path, signature_of(artifact), threads=self.options.threads, native=native
+        ) as candidate:
+            return self._compare(candidate, artifact.dtype, self.options.positions // (4 if secondary else 1), tell)
+
+    def _compare(self, candidate: Runner, dtype: str, positions: int, tell: Callable[[float], None]) -> ParityReport:
+        half = dtype != "fp32"
+        loaded, signature, type_ = self.loaded, candidate.signature, TORCH_DTYPES[dtype]
+        # The float64 oracle and PyTorch's half types are slow: a quarter of the positions.
+        cases = parity.standard_cases(self._blocks, positions // (4 if half else 1), loaded.max_positions)
+        with TorchRunner(loaded, signature, torch.float64 if half else type_) as reference:
+            native = TorchRunner(loaded, signature, type_) if half else None
+            return parity.check_parity(reference, candidate, cases, dtype=dtype, native=native, progress=tell)
+
+    def _engines(
+        self, key: dict[str, Any]
+    ) -> tuple[tuple[EngineArtifact, ...], list[ParityReport], BenchReport | None]:
+        """Build what this machine can; where it has the GPU, check and time it."""
+        folder = self.bundle.folder
+        engines, here, not_done = make_engines(folder, self.progress)
+        self.not_done += not_done
+        if here is None or here.gpu is None or not engines:
+            return tuple(engines.values()), [], None
+
+        def check(kind: str) -> Callable[[Callable[[float], None]], ParityReport]:
+            def compared(tell: Callable[[float], None]) -> ParityReport:
+                with TrtRunner(sidecar(folder, here, kind)) as candidate:
+                    return self._compare(candidate, engines[kind].dtype, self.options.positions, tell)
+
+            return compared
+
+        plans = {kind: artifact.sha256 for kind, artifact in engines.items()}
+        key = {**key, "positions": self.options.positions, "gpu": here.gpu.name}
+        checks = [
+            self._step(f"check-{kind}", {**key, "plan": plan}, ParityReport, check(kind))
+            for kind, plan in plans.items()
+        ]
+        ids = self._blocks(min(128, self.loaded.max_positions - 1), 1)
+        bench = self._step(
+            "bench-engines",
+            {**key, "plans": plans},
+            BenchReport,
+            lambda tell: bench_engines(folder, here, engines, ids, tell),
+        )
+        return tuple(engines.values()), checks, bench
 
     def _bench(self, artifacts: dict[str, OnnxArtifact], tell: Callable[[float], None]) -> BenchReport:
         threads, dtype = self.options.threads, artifacts["vq"].dtype
-        rng = np.random.default_rng(0)
-        width = artifacts["vq"].spec.hidden_size
-        number = np.float16 if dtype == "fp16" else np.float32
-        bare = feeds.Signature((), False)
         assert self.loaded.head is not None
         head = copy.deepcopy(self.loaded.head).to(TORCH_DTYPES[dtype])
-        with tempfile.TemporaryDirectory() as scratch:
-            heads = {}
-            for kind in ("vq", "dense"):
-                file = Path(scratch, f"{kind}.onnx")
-                ir.save(head_graph(head, kind, opset=self.options.export.opset), file, external_data=f"{kind}.data")
-                heads[kind] = OrtRunner(file, bare, threads=threads)
-            models = {
-                k: OrtRunner(self.bundle.folder / a.path, signature_of(a), threads=threads)
-                for k, a in artifacts.items()
-            }
-            work = []
-            for batch in (1, 8):
-                hidden = {"hidden_states": rng.standard_normal((batch, 1, width)).astype(number)}
-                work.append(Workload("head", batch, dict(heads), dict.fromkeys(heads, hidden)))
-            ids = self._blocks(min(128, self.loaded.max_positions - 1), 1)
-            start = {k: r.infer(feeds.prefill(r.signature, ids, np.ones_like(ids))) for k, r in models.items()}
-            mask = np.ones((1, ids.shape[1] + 1), np.int64)
-            steps = {k: feeds.step(r.signature, ids[:, -1:], mask, start[k]) for k, r in models.items()}
-            work.append(Workload("decode step", 1, dict(models), steps))
-            return run_benchmark(
-                work, threads=threads, dtype=dtype, backend=f"ONNX Runtime {version_of('onnxruntime')}", progress=tell
-            )
+        files = {kind: self.bundle.folder / artifact.path for kind, artifact in artifacts.items()}
+        signatures = {kind: signature_of(artifact) for kind, artifact in artifacts.items()}
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            head_workloads(head, Path(scratch), opset=self.options.export.opset, threads=threads) as heads,
+            runners(files, signatures, threads) as models,
+        ):
+            step = step_workload(models, self._blocks(min(128, self.loaded.max_positions - 1), 1))
+            backend = f"ONNX Runtime {version_of('onnxruntime')}"
+            if native_library() is not None:
+                backend += " with native kernels"
+            return run_benchmark([*heads, step], threads=threads, dtype=dtype, backend=backend, progress=tell)
 
     def _write(self, artifact: OnnxArtifact) -> Continuation:
         try:

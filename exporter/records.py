@@ -229,7 +229,7 @@ class Timing(Record):
     subject: str
     """What ran: 'head' or 'decode step'."""
     runner: str
-    """'vq' or 'dense'."""
+    """'vq', 'dense', or another way to do the same."""
     batch: int
     cache: str
     """'warm': its own loop; 'cold': the CPU's caches were evicted before every run."""
@@ -252,12 +252,76 @@ class BenchReport(Record):
     backend: str
     timings: tuple[Timing, ...]
 
-    def speedup(self, subject: str, batch: int, cache: str) -> float:
-        """Median of dense over median of VQ."""
+    def speedup(self, subject: str, batch: int, cache: str, over: str = "dense") -> float:
+        """Median of another runner over the median of VQ."""
         found = {
             t.runner: t.median_ms for t in self.timings if (t.subject, t.batch, t.cache) == (subject, batch, cache)
         }
-        return found["dense"] / found["vq"]
+        return found[over] / found["vq"]
+
+
+@dataclass(frozen=True)
+class InputRange(Record):
+    """The shapes of one input that an optimisation profile serves."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineProfile(Record):
+    """One optimisation profile of an engine: 'prefill' and 'decode' of a decoder graph, 'head' of a head alone."""
+
+    name: str
+    inputs: tuple[InputRange, ...]
+
+
+@dataclass(frozen=True)
+class PluginLayer(Record):
+    """A layer that a plugin computes, as TensorRT tells it. Types are TensorRT's names, lower case; '' where it tells none."""
+
+    name: str
+    plugin: str
+    version: str
+    namespace: str
+    input_dtypes: tuple[str, ...]
+    output_dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EngineArtifact(Record):
+    """A TensorRT plan, what it was built from, and what may load it.
+
+    `kind` is 'vq-plugin', 'vq-plain' or 'dense'; `path` and `onnx` are file names relative to the sidecar. `flavour` is
+    'tensorrt' or 'tensorrt_rtx', `gpu` and `compute_capability` name the one GPU that the plan is for, both None where
+    any GPU of that TensorRT may load it. `source_sha256` is of the ONNX file that was given and of its weights file.
+    """
+
+    path: str
+    onnx: str
+    kind: str
+    dtype: str
+    flavour: str
+    tensorrt_version: str
+    gpu: str | None
+    compute_capability: str | None
+    plugin_sha256: str | None
+    source_sha256: dict[str, str]
+    profiles: tuple[EngineProfile, ...]
+    options: dict[str, Any]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    cache_shapes: tuple[tuple[int, int], ...]
+    plugin_layers: tuple[PluginLayer, ...]
+    layers: dict[str, int]
+    """How many layers of each type."""
+    layers_from: str
+    """'engine': read back from the plan on a GPU; 'network': from the parsed network, where there was none."""
+    num_bytes: int
+    sha256: str
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -300,6 +364,8 @@ class RunReport(Record):
     not_done: tuple[str, ...] = ()
     """What this machine could not do, each with the mend."""
     versions: dict[str, str] = field(default_factory=dict)
+    engines: tuple[EngineArtifact, ...] = ()
+    engine_bench: BenchReport | None = None
 
     def __bool__(self) -> bool:
         return all(self.parity)

@@ -12,6 +12,7 @@ from export_vq.records import RunReport
 from export_vq.wording import (
     allowed_error,
     change,
+    engine_sentence,
     error_quantile,
     head_parts,
     headline_speedup,
@@ -46,6 +47,8 @@ def render_html(report: RunReport) -> str:
         speedups=speedups(report.bench),
         headline=headline_speedup(report.bench),
         speed_sentences=speed_sentences(report.bench),
+        engine_sentences=[engine_sentence(engine) for engine in report.engines],
+        engine_speed_sentences=speed_sentences(report.engine_bench),
         size_sentence=size_sentence(report),
         parts=head_parts(report.spec),
         quantile=error_quantile,
@@ -78,6 +81,8 @@ def render_summary(report: RunReport) -> str:
             f"floor {number(gap.floor)}, same top token at {share(gap.stats.top1_agreement)} of positions"
         )
     lines += [f"- speed: {sentence}" for sentence in speed_sentences(report.bench) or ("not measured",)]
+    lines += [f"- engine: {engine_sentence(engine)}" for engine in report.engines]
+    lines += [f"- speed of engines: {sentence}" for sentence in speed_sentences(report.engine_bench)]
     lines.append(f"- size: {size_sentence(report)}")
     if report.continuation:
         lines.append(f"- the model writes: {report.prompt}|{report.continuation}")

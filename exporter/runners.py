@@ -6,6 +6,9 @@ Arrays are numpy; bfloat16 travels as float32, which holds every bfloat16 number
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,9 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from export_vq import contract
 from export_vq.errors import UserError
 from export_vq.feeds import Feeds, Signature
 from export_vq.load import LoadedModel, convert
+from export_vq.plugins.library import Library, find
 from export_vq.records import OnnxArtifact
 from export_vq.require import require
 
@@ -83,12 +88,23 @@ class TorchRunner(_Context):
 
 
 class OrtRunner(_Context):
-    """ONNX Runtime on a file, with nothing of ours registered unless it is installed."""
+    """ONNX Runtime on a file. Our native kernels take the head over where they are built; without them stock ops run it.
+
+    Attributes:
+        native_nodes: how many nodes ran on our kernels, read from the runtime's own profile of the first run; None before.
+    """
 
     def __init__(
-        self, path: Path, signature: Signature, *, threads: int = 0, provider: str = "CPUExecutionProvider"
+        self,
+        path: Path,
+        signature: Signature,
+        *,
+        threads: int = 0,
+        provider: str = "CPUExecutionProvider",
+        native: bool = True,
     ) -> None:
-        """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider.
+        """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider; whether to
+        register the native kernels where they are built.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run this file on this provider.
@@ -101,6 +117,16 @@ class OrtRunner(_Context):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
         self.signature = signature
+        self.native_nodes: int | None = 0
+        self._profiles: tempfile.TemporaryDirectory[str] | None = None
+        library = native_library() if native else None
+        if library is not None:
+            options.register_custom_ops_library(str(library.path))
+            self.name += " with native kernels"
+            self.native_nodes = None
+            self._profiles = tempfile.TemporaryDirectory()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._profiles.name, "run"))
         try:
             self._session: Any = ort.InferenceSession(path, options, providers=[provider])
         except Exception as error:  # the runtime's exceptions share no base
@@ -111,10 +137,43 @@ class OrtRunner(_Context):
 
     def infer(self, feeds: Feeds) -> Feeds:
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, feeds), strict=True))
+        outputs = dict(zip(names, self._session.run(names, feeds), strict=True))
+        self._read_profile()
+        return outputs
+
+    def bound(self, feeds: Feeds) -> Callable[[], None]:
+        """A run of these feeds over and over, into the same memory: what a decoding loop does, and what is timed."""
+        self.infer(feeds)
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for output in self._session.get_outputs():
+            binding.bind_output(output.name)
+        self._session.run_with_iobinding(binding)
+        for output, value in zip(self._session.get_outputs(), binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(output.name, value)
+        return lambda: self._session.run_with_iobinding(binding)
+
+    def _read_profile(self) -> None:
+        """The first run was profiled; from here on nothing is."""
+        if self._profiles is None:
+            return
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        ran = {e["name"] for e in events if e.get("args", {}).get("op_name") == contract.GATHER_SCATTER}
+        self.native_nodes = len(ran)
+        self._profiles.cleanup()
+        self._profiles = None
 
     def close(self) -> None:
         self._session = None
+        if self._profiles is not None:
+            self._profiles.cleanup()
+
+
+def native_library() -> Library | None:
+    """The ONNX Runtime library with our kernels, built from the sources of this version; None where there is none."""
+    library = find("vq_ort")
+    return library if library is not None and library.current else None
 
 
 def signature_of(artifact: OnnxArtifact) -> Signature:

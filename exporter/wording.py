@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from export_vq.records import BenchReport, ErrorStats, HeadSpec, ParityReport, RunReport
+from export_vq.records import BenchReport, EngineArtifact, ErrorStats, HeadSpec, ParityReport, RunReport
 
 
 class Speedup(NamedTuple):
@@ -66,6 +66,17 @@ def _speed_sentence(subject: str, entries: list[Speedup]) -> str:
     if len(slow) == len(entries):
         return f"{what}: VQ is slower in every workload measured; on this machine it does not help."
     return f"{what}: VQ is slower at {', '.join(slow)}; there it does not help."
+
+
+def engine_sentence(engine: EngineArtifact) -> str:
+    """One line on an engine: what it is, and how it is known what computes its head."""
+    plugins = [f"{layer.plugin} ({', '.join(dict.fromkeys(layer.output_dtypes))})" for layer in engine.plugin_layers]
+    where = "the engine itself" if engine.layers_from == "engine" else "the parsed network"
+    version = f"{'TensorRT' if engine.flavour == 'tensorrt' else 'TensorRT for RTX'} {engine.tensorrt_version}"
+    return (
+        f"{engine.kind} in {version} for {engine.gpu or 'any GPU that it supports'}: {engine.dtype}, {size(engine.num_bytes)}; "
+        f"{sum(engine.layers.values()):,} layers read back from {where}, by plugins: {', '.join(plugins) or 'none'}"
+    )
 
 
 def size_sentence(report: RunReport) -> str:

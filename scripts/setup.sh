@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 }
 
 # The strict editable install links file by file, so a new file counts as a change.
-stamp=$( { "$python" --version; pwd; cat pyproject.toml constraints.txt; find exporter -name '*.py' -o -name '*.j2' | sort; } | sha256sum)
+stamp=$( { "$python" --version; pwd; cat pyproject.toml constraints.txt; find exporter plugins -name '*.py' -o -name '*.j2' | sort; } | sha256sum)
 file=.venv/.installed-$extras
 if [ "$(cat "$file" 2>/dev/null)" = "$stamp" ]; then
     exit 0

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that must be green: install, lint, types, tests. Further arguments go to pytest.
+# Everything that must be green: install, lint, types, native libraries and their tests, tests. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-scripts/setup.sh cpu,dev
+scripts/setup.sh cpu,plugins,dev
 
 # The report is opened in a real browser; without one those tests say so and skip.
 if ! command -v chromium google-chrome chromium-browser >/dev/null 2>&1; then
@@ -20,4 +20,5 @@ run=.venv/bin
 $run/ruff check .
 $run/ruff format --check .
 $run/mypy -p export_vq
+scripts/test_native.sh
 $run/pytest -n 2 --dist loadfile "$@"

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "exporter"
+PLUGINS = ROOT / "plugins"
 
 MAY_IMPORT = {
     "contract": set(),
@@ -24,30 +25,66 @@ MAY_IMPORT = {
     "load": {"checkpoint", "contract", "errors", "files", "head", "records", "validate"},
     "forms": {"contract", "errors"},
     "graph": {"contract", "errors", "files", "forms", "head", "load", "records"},
-    "runners": {"errors", "feeds", "load", "records", "require"},
+    "progress": set(),
+    "runners": {"contract", "errors", "feeds", "load", "plugins.library", "records", "require"},
     "parity": {"feeds", "generate", "records"},
-    "bench": {"feeds", "records"},
+    "bench": {"records"},
+    "workloads": {"bench", "errors", "feeds", "graph", "head", "runners"},
     "bundle": {"errors", "files", "records"},
     "wording": {"records"},
     "plots": {"records", "wording"},
     "report": {"plots", "records", "wording"},
-    "doctor": {"records"},
+    "doctor": {"errors", "plugins.library", "plugins.toolchain", "records"},
+    "plugins.__init__": set(),
+    "plugins.library": {"errors", "files"},
+    "plugins.toolchain": {"errors"},
+    "plugins.headers": {"errors", "files"},
+    "plugins.compiling": {"errors"},
+    "plugins.build": {
+        "errors", "files", "plugins.compiling", "plugins.headers", "plugins.library", "plugins.toolchain", "progress",
+        "records",
+    },
     "compress": {"contract", "errors", "head", "load", "parity", "records", "text"},
     "inspection": {"compress", "contract", "errors", "files", "forms", "graph", "load", "records", "text"},
-    "pipeline": {
-        "bench", "bundle", "compress", "errors", "feeds", "files", "generate", "graph", "load", "parity", "records",
-        "report", "require", "runners", "text",
+    "steps": {
+        "bundle", "compress", "errors", "files", "graph", "load", "progress", "records", "text",
     },
-    "cli": {"bundle", "compress", "doctor", "errors", "files", "graph", "inspection", "load", "pipeline", "report"},
+    "build_progress": set(),
+    "profiles": {"errors", "records"},
+    "trt": {"contract", "errors", "files", "require"},
+    "proof": {"contract", "errors", "records", "trt"},
+    "engine_source": {"contract", "errors", "files", "forms", "graph", "profiles"},
+    "engine": {
+        "build_progress", "engine_source", "errors", "files", "plugins.library", "profiles", "proof", "records",
+        "require", "trt",
+    },
+    "engines": {
+        "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
+    },
+    "plan": {"errors", "files", "plugins.library", "records", "trt"},
+    "trt_runner": {"errors", "feeds", "plan", "profiles", "records", "trt"},
+    "engine_steps": {"bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner"},
+    "pipeline": {
+        "bench", "bundle", "compress", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
+        "parity", "progress", "records", "report", "require", "runners", "steps", "text", "trt_runner", "workloads",
+    },
+    "cli": {
+        "bundle", "compress", "doctor", "engine", "engines", "errors", "files", "graph", "inspection", "load",
+        "pipeline", "plugins.build", "plugins.library", "profiles", "report", "steps",
+    },
     "__init__": {"bench", "compress", "errors", "graph", "head", "load", "parity", "pipeline", "records", "runners"},
 }  # fmt: skip
-STANDARD_LIBRARY_ONLY = ("contract", "errors", "files", "require", "records", "bundle", "doctor")
+STANDARD_LIBRARY_ONLY = (
+    "contract", "errors", "files", "require", "records", "bundle", "doctor",
+    "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
+)  # fmt: skip
 LIGHT = {"cli": {"click", "rich"}}
 """Modules that must load in an environment without torch, onnx and the runtimes."""
 
 
 def _room(path):
-    return "compress" if path.parent.name == "compress" else path.stem
+    folder = path.parent.name
+    return folder if folder == "compress" else f"plugins.{path.stem}" if folder == "plugins" else path.stem
 
 
 def _imports(path, *, top_level_only=False):
@@ -59,17 +96,21 @@ def _imports(path, *, top_level_only=False):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module != "export_vq" else [f"export_vq.{alias.name}" for alias in node.names]
+            holds_rooms = node.module in ("export_vq", "export_vq.plugins")
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if holds_rooms else [node.module]
         for name in names:
-            parts = name.split(".")
-            (ours if parts[0] == "export_vq" else others).add(parts[1] if parts[0] == "export_vq" else parts[0])
+            package, *inner = name.split(".")
+            if package != "export_vq":
+                others.add(package)
+            else:
+                ours.add(".".join(inner[:2]) if inner[0] == "plugins" else inner[0])
     return ours, others
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py")])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_plan(path):
     room = _room(path)
     ours, _ = _imports(path)
@@ -97,7 +138,8 @@ def test_the_plan_names_what_is_there():
 def test_the_light_rooms_need_nothing_heavy(room):
     import sys
 
-    _, others = _imports(PACKAGE / f"{room}.py", top_level_only=True)
+    (path,) = {path.resolve() for path in FILES if _room(path) == room}
+    _, others = _imports(path, top_level_only=True)
     assert others <= set(sys.stdlib_module_names) | LIGHT.get(room, set())
 
 

@@ -94,13 +94,14 @@ def test_packed_codes_come_back(bits, v, m, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (v, m), dtype=np.int64)
     words = pack_codes(codes, bits)
     assert words.dtype == np.int32
-    assert words.shape == (-(-v * m * bits // 32),)
-    np.testing.assert_array_equal(unpack_codes(words, bits, v, m), codes)
+    assert words.shape == (m, -(-v * bits // 128) * 4)  # rows of whole 16 bytes
+    np.testing.assert_array_equal(unpack_codes(words, bits, v), codes)
 
 
-def test_packing_is_little_endian_row_by_row():
-    np.testing.assert_array_equal(pack_codes(np.array([[1, 2], [3, 4], [5, 6]]), 8), [0x04030201, 0x0605])
-    np.testing.assert_array_equal(pack_codes(np.array([[1, 2], [3, 65535]]), 16), [0x00020001, -0x10000 + 3])
+def test_packing_is_little_endian_codebook_by_codebook():
+    codes = np.array([[1, 6], [2, 7], [3, 8], [4, 9], [5, 10]])
+    np.testing.assert_array_equal(pack_codes(codes, 8), [[0x04030201, 5, 0, 0], [0x09080706, 10, 0, 0]])
+    np.testing.assert_array_equal(pack_codes(np.array([[1], [65535], [3]]), 16), [[-0x10000 + 1, 3, 0, 0]])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -133,5 +134,5 @@ def test_plugin_form_keeps_the_codes():
     assert not model.functions
     (node,) = [n for n in model.graph if n.op_type == contract.GATHER_SCATTER]
     words = ir.convenience.get_const_tensor(node.inputs[1]).numpy()
-    bits, v, m = (node.attributes.get_int(name) for name in ("code_bits", "vocab_size", "num_codebooks"))
-    np.testing.assert_array_equal(unpack_codes(words, bits, v, m), head.codes.numpy())
+    bits, v = (node.attributes.get_int(name) for name in ("code_bits", "vocab_size"))
+    np.testing.assert_array_equal(unpack_codes(words, bits, v), head.codes.numpy())

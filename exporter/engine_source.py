@@ -1,0 +1,108 @@
+"""What an engine is built from: a graph in the form for its kind, and what is known of it before TensorRT sees it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export_vq import contract, forms
+from export_vq.errors import UserError
+from export_vq.files import sha256
+from export_vq.graph import METADATA_KEY
+from export_vq.profiles import Shape
+
+KINDS = ("vq-plugin", "vq-plain", "dense")
+
+
+class EngineSource:
+    """A graph of type `dtype` with VQ nodes named `nodes`; `inputs` maps each input to its dimensions, dynamic ones by name."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        """Args: model.onnx in portable or plugin form, dense.onnx, or a head alone; one of KINDS.
+
+        Raises:
+            UserError: the file is not readable, or no engine of that kind can be built from it.
+        """
+        if kind not in KINDS:
+            raise UserError(f"the kind of engine is {kind!r}, expected one of {', '.join(KINDS)}")
+        self.path, self.kind = path, kind
+        self.model = read_graph(path)
+        self.nodes = tuple(str(node.name) for node in forms.gather_scatter_nodes(self.model))
+        if kind == "dense" and self.nodes:
+            raise UserError(f"{path}: holds a {contract.GATHER_SCATTER} node, so it is no dense graph; give dense.onnx")
+        if kind != "dense":
+            self._convert()
+        self.inputs = {str(v.name): _dims(v) for v in self.model.graph.inputs}
+        self.outputs = tuple(str(v.name) for v in self.model.graph.outputs)
+        self.dtype = _dtype(path, self.model)
+
+    def _convert(self) -> None:
+        in_plugin_form = any(contract.CODE_BITS in n.attributes for n in forms.gather_scatter_nodes(self.model))
+        if in_plugin_form and self.kind == "vq-plain":
+            raise UserError(
+                f"{self.path}: is in the plugin form, which only vq-plugin is built from; give the portable one"
+            )
+        if not in_plugin_form:
+            try:
+                forms.convert(self.model, self.kind.removeprefix("vq-"))
+            except UserError as error:
+                raise UserError(f"{self.path}: {error}") from error
+
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """Weights files beside the source that the graph refers to."""
+        weights = (v.const_value for v in self.model.graph.initializers.values())
+        return tuple(sorted({str(w.location) for w in weights if isinstance(w, ir.ExternalTensor)}))
+
+    def source_sha256(self) -> dict[str, str]:
+        return {name: sha256(self.path.with_name(name)) for name in (self.path.name, *self.data_files)}
+
+    def write_onnx(self, path: Path) -> tuple[str, ...]:
+        """Write the graph; returns the names of the links to weights beside it."""
+        for name in self.data_files:
+            origin = self.path.with_name(name)
+            if not origin.is_file():
+                raise UserError(f"{self.path}: its weights file {name} is missing; keep both files in one folder")
+            try:
+                (path.parent / name).symlink_to(origin.resolve())
+            except OSError:  # a file system without links
+                shutil.copyfile(origin, path.parent / name)
+        ir.save(self.model, path)
+        return self.data_files
+
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(KV heads, head_dim) of each layer's cache; empty for a head alone."""
+        keys = [shape for name, shape in self.inputs.items() if name.startswith("past_key_values.") and ".key" in name]
+        return tuple((int(shape[1]), int(shape[3])) for shape in keys)
+
+
+def read_graph(path: Path) -> ir.Model:
+    """An ONNX file, its large weights left on disk.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a readable ONNX file ({reason}); export it again") from error
+
+
+def _dims(value: ir.Value) -> Shape:
+    return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
+
+
+def _dtype(source: Path, model: ir.Model) -> str:
+    """The type that the graph was exported in, by its own record; without one, that of its first output."""
+    logits = model.graph.outputs[0]
+    names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+    if logits.dtype not in names:
+        raise UserError(
+            f"{source}: output {logits.name} is {logits.dtype}, expected float32, float16 or bfloat16; export it again"
+        )
+    record = model.metadata_props.get(METADATA_KEY)
+    return names[logits.dtype] if record is None else str(json.loads(record)["dtype"])

@@ -1,0 +1,136 @@
+"""What TensorRT made of a graph: its layers, read from the parsed network or back from the engine, and held to what was meant."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from export_vq import contract
+from export_vq.errors import CheckFailed
+from export_vq.records import PluginLayer
+from export_vq.trt import DTYPES
+
+_WRITTEN = {
+    "bf16": ("bf16", "bfloat16"),
+    "half": ("fp16", "half", "float16"),
+    "float": ("fp32", "float"),
+    "int32": ("int32",),
+}
+"""How the engine inspector writes a type, by version; in this order, as some words hold others."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers by type, and those that a plugin computes. `source` is 'network' or 'engine'."""
+
+    source: str
+    counts: dict[str, int]
+    plugins: tuple[PluginLayer, ...]
+
+
+def network_layers(trt: Any, network: Any) -> Layers:
+    """The layers of a parsed network."""
+    counts: Counter[str] = Counter()
+    plugins = []
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        counts[layer.type.name.lower()] += 1
+        if layer.type == trt.LayerType.PLUGIN_V3:
+            layer.__class__ = trt.IPluginV3Layer  # the bindings hand out the base class
+            core = layer.plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+            # Up to TensorRT 10.6 the bindings give None for a plugin in C++.
+            names = ("", "", "") if core is None else (core.plugin_name, core.plugin_version, core.plugin_namespace)
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+            plugins.append(
+                PluginLayer(
+                    name=layer.name,
+                    plugin=names[0],
+                    version=names[1],
+                    namespace=names[2],
+                    input_dtypes=tuple(t.dtype.name.lower() for t in inputs if t is not None),
+                    output_dtypes=tuple(layer.get_output(i).dtype.name.lower() for i in range(layer.num_outputs)),
+                )
+            )
+    return Layers("network", dict(sorted(counts.items())), tuple(plugins))
+
+
+def engine_layers(trt: Any, engine: Any) -> Layers:
+    """The layers of an engine, by its inspector; the engine must have been built with detailed profiling verbosity."""
+    inspector = engine.create_engine_inspector()
+    return read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def read_layers(text: str) -> Layers:
+    """The layers in an inspector's JSON: of each 'LayerType', and where that is a plugin's, what its entry tells."""
+    counts: Counter[str] = Counter()
+    plugins = []
+    for layer in json.loads(text)["Layers"]:
+        kind = str(layer.get("LayerType", "")).lower() if isinstance(layer, dict) else "unknown"
+        counts[kind] += 1
+        if "plugin" in kind:
+            # Versions differ in where they put the name: PluginType, the layer's name, or its metadata.
+            told = json.dumps(layer)
+            plugins.append(
+                PluginLayer(
+                    name=str(layer.get("Name", "")),
+                    plugin=contract.GATHER_SCATTER
+                    if contract.GATHER_SCATTER in told
+                    else str(layer.get("PluginType", "")),
+                    version=str(layer.get("PluginVersion", "")),
+                    namespace=str(layer.get("PluginNamespace", "")),
+                    input_dtypes=_dtypes(layer.get("Inputs", [])),
+                    output_dtypes=_dtypes(layer.get("Outputs", [])),
+                )
+            )
+    return Layers("engine", dict(sorted(counts.items())), tuple(plugins))
+
+
+def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> None:
+    """Hold the layers to the kind of engine.
+
+    Args:
+        found: of the network or the engine.
+        kind: 'vq-plugin', 'vq-plain' or 'dense'.
+        dtype: 'fp32', 'fp16' or 'bf16', as exported.
+        nodes: names of the graph's VQ nodes.
+
+    Raises:
+        CheckFailed: the plugin is missing, computes in another type, or is where none was meant.
+    """
+    said = "; ".join(
+        f"{p.name}: {p.namespace or '?'}::{p.plugin or '?'} version {p.version or '?'}, {' '.join(p.input_dtypes) or '?'} -> "
+        f"{' '.join(p.output_dtypes) or '?'}"
+        for p in found.plugins
+    )
+    said = f"{sum(found.counts.values())} layers of which {len(found.plugins)} by plugins{f' ({said})' if said else ''}"
+    if kind != "vq-plugin":
+        if found.plugins:
+            raise CheckFailed(f"{kind}: no plugin was meant, the {found.source} has {said}")
+        return
+    # A plugin that has no name here is known by its layer's, which is the node's.
+    ours = [
+        p
+        for p in found.plugins
+        if (p.plugin == contract.GATHER_SCATTER or (not p.plugin and p.name in nodes))
+        and p.namespace in (contract.DOMAIN, "")
+    ]
+    if len(ours) != len(nodes):
+        raise CheckFailed(
+            f"{kind}: {len(nodes)} {contract.DOMAIN}::{contract.GATHER_SCATTER} layer(s) were meant, the {found.source} has {said}"
+        )
+    for layer in ours:
+        # Without a type told there is nothing to hold it to here; the network's told all.
+        types = {*layer.input_dtypes[:1], *layer.output_dtypes[:1]} - {""}
+        if any(DTYPES.get(name) != dtype for name in types):
+            raise CheckFailed(f"{kind}: the plugin was meant to compute in {dtype}, the {found.source} has {said}")
+
+
+def _dtypes(tensors: list[dict[str, Any]]) -> tuple[str, ...]:
+    """TensorRT's short type names out of the inspector's 'Format/Datatype' texts; empty when it tells none."""
+    found = []
+    for tensor in tensors:
+        text = " ".join(str(value) for key, value in tensor.items() if key not in ("Name", "Dimensions")).lower()
+        found.append(next((name for name, words in _WRITTEN.items() if any(w in text for w in words)), ""))
+    return tuple(found) if any(found) else ()

@@ -1,0 +1,86 @@
+"""Single steps of the walk that keep their result while what it was made from is unchanged: compress and export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from export_vq.bundle import Bundle
+from export_vq.compress import CompressOptions, compress_model
+from export_vq.errors import UserError
+from export_vq.files import sha256, write_text
+from export_vq.graph import ExportOptions, export_onnx
+from export_vq.load import LoadedModel, load_dense, save_model
+from export_vq.progress import Progress
+from export_vq.records import Compressed, HeadSpec, OnnxArtifact
+from export_vq.text import read_text
+
+_EXPORTERS = ("export-vq", "torch", "transformers", "onnx", "onnxscript")
+"""Packages whose version shapes an exported graph."""
+
+
+def compress_step(model: Path, text: Path, output: Path, options: CompressOptions, progress: Progress) -> HeadSpec:
+    """Make a VQ-Logits checkpoint of a dense model, or keep the one on disk when it was made from the same things.
+
+    Args:
+        model: Hugging Face folder or GGUF file.
+        text: UTF-8 text file or folder.
+        output: model.pt or a folder; `<output>.json` beside it records what it was made from.
+        options: see CompressOptions.
+        progress: told of every step.
+
+    Raises:
+        UserError: an input cannot be used.
+    """
+    words = read_text(text)
+    if not model.exists():
+        raise UserError(
+            f"{model}: no such file or folder; give a causal language model as a Hugging Face folder or GGUF file"
+        )
+    made_from = (sha256(model), hashlib.sha256(words.encode()).hexdigest(), asdict(options), version("export-vq"))
+    record = output.with_name(output.name + ".json")
+    if record.is_file() and output.exists():
+        kept = Compressed.load(record)
+        if (kept.source_sha256, kept.text_sha256, kept.options, kept.version) == made_from and kept.sha256 == sha256(
+            output
+        ):
+            progress.skipped("compress")
+            return kept.spec
+    with progress.step("load"):
+        dense = load_dense(model)
+    with progress.step("compress") as tell:
+        vq = compress_model(dense, words, options, tell)
+    with progress.step("save"):
+        save_model(vq, output)
+    Compressed(*made_from, spec=vq.spec, sha256=sha256(output)).save(record)
+    return vq.spec
+
+
+def export_step(
+    loaded: Callable[[], LoadedModel], source: str, bundle: Bundle, options: ExportOptions, progress: Progress
+) -> dict[str, OnnxArtifact]:
+    """Export, or the artifacts on disk when they were made from the same source with the same options and versions."""
+    versions = tuple(version(name) for name in _EXPORTERS)
+    wanted = (source, options.dtype, options.opset, options.external_data_bytes, *versions)
+    kept = {"vq": bundle.artifact("model.onnx"), "dense": bundle.artifact("dense.onnx")}
+    found = {name: a for name, a in kept.items() if a is not None}
+    if len(found) == 2 and found["vq"].form == options.form and all(_made_from(a) == wanted for a in found.values()):
+        progress.skipped("export")
+        return found
+    model = loaded()
+    with progress.step("export"):
+        artifacts = export_onnx(model, bundle.folder, options)
+    files = {"config.json": json.dumps(model.config, indent=2) + "\n", **model.tokenizer_files}
+    for name, text in files.items():
+        write_text(bundle.folder / name, text)
+    return artifacts
+
+
+def _made_from(artifact: OnnxArtifact) -> tuple[Any, ...]:
+    versions = tuple(artifact.versions.get(name) for name in _EXPORTERS)
+    return (artifact.source_sha256, artifact.dtype, artifact.opset, artifact.external_data_bytes, *versions)

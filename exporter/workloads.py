@@ -1,0 +1,86 @@
+"""What is timed: the head alone, and a decode step of a whole model, VQ against dense in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from export_vq import feeds
+from export_vq.bench import Workload
+from export_vq.errors import CheckFailed
+from export_vq.graph import head_graph
+from export_vq.head import VQHead
+from export_vq.runners import OrtRunner, native_library
+
+STOCK = "vq, stock ops"
+"""The VQ head as stock ONNX Runtime runs it, timed beside the native kernel where that is built."""
+
+
+@contextmanager
+def head_workloads(
+    head: VQHead, folder: Path, *, batches: Sequence[int] = (1, 8), opset: int = 20, threads: int = 0
+) -> Iterator[list[Workload]]:
+    """The head alone, one workload a batch size; the sessions live as long as the context.
+
+    Args:
+        head: in float32 or float16.
+        folder: an existing folder for the graphs.
+        batches: rows of hidden states.
+        opset, threads: of the graphs and of ONNX Runtime (0: its own choice).
+
+    Raises:
+        CheckFailed: the native kernel is registered and did not run.
+    """
+    files = {}
+    for kind in ("vq", "dense"):
+        files[kind] = folder / f"head-{kind}.onnx"
+        ir.save(head_graph(head, kind, opset=opset), files[kind], external_data=f"head-{kind}.data")
+    with runners(files, dict.fromkeys(files, feeds.Signature((), False)), threads) as named:
+        yield [Workload("head", b, bound(named, dict.fromkeys(named, head_inputs(head, b)))) for b in batches]
+
+
+def head_inputs(head: VQHead, batch: int) -> feeds.Feeds:
+    """Random hidden states [batch, 1, D] in the head's type."""
+    number = np.float16 if head.codebook.dtype == torch.float16 else np.float32
+    hidden = np.random.default_rng(0).standard_normal((batch, 1, head.spec.hidden_size))
+    return {"hidden_states": hidden.astype(number)}
+
+
+def step_workload(named: dict[str, OrtRunner], ids: np.ndarray[Any, np.dtype[np.int64]]) -> Workload:
+    """One decode step after a prompt `ids` int64 [1, S] went through the KV cache."""
+    start = {k: r.infer(feeds.prefill(r.signature, ids, np.ones_like(ids))) for k, r in named.items()}
+    mask = np.ones((1, ids.shape[1] + 1), np.int64)
+    steps = {k: feeds.step(r.signature, ids[:, -1:], mask, start[k]) for k, r in named.items()}
+    return Workload("decode step", 1, bound(named, steps))
+
+
+@contextmanager
+def runners(
+    files: dict[str, Path], signatures: dict[str, feeds.Signature], threads: int
+) -> Iterator[dict[str, OrtRunner]]:
+    """Runners of the files 'vq' and 'dense', and of 'vq' without the native kernels where those are built."""
+    with ExitStack() as stack:
+        named = {
+            k: stack.enter_context(OrtRunner(f, signatures[k], threads=threads, native=k == "vq"))
+            for k, f in files.items()
+        }
+        if native_library() is not None:
+            named[STOCK] = stack.enter_context(OrtRunner(files["vq"], signatures["vq"], threads=threads, native=False))
+        yield named
+
+
+def bound(named: dict[str, OrtRunner], given: dict[str, feeds.Feeds]) -> dict[str, Callable[[], None]]:
+    """A timed run of each runner; proves that what is called native is."""
+    runs = {name: runner.bound(given[name]) for name, runner in named.items()}
+    if STOCK in named and not named["vq"].native_nodes:
+        raise CheckFailed(
+            f"{named['vq'].name}: the native kernels are registered, but the runtime's profile shows none of them; "
+            "this version of ONNX Runtime prefers the function body"
+        )
+    return runs

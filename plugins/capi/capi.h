@@ -1,0 +1,39 @@
+// The kernels behind plain C calls, for ctypes and other foreign callers.
+#pragma once
+
+#include <stdint.h>
+
+#define VQ_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// VQGatherScatter on the host, on the caller's thread.
+//
+// code_logits T [rows, M*K], codes int32 [V, M], bias float32 [V] or null, logits T [rows, V].
+// type: 0 float32, 1 float16, 2 bfloat16. isa: 0 portable, 1 NEON, 2 AVX2, 3 AVX-512, 4 AVX-512 VBMI, -1 the best of
+// this processor. parts: into how many parts the work is cut.
+//
+// Returns: null, or one sentence that says what was wrong, valid until the thread's next call.
+VQ_EXPORT const char* vq_gather_scatter_cpu(const void* code_logits, const int32_t* codes, const float* bias,
+                                            void* logits, int64_t rows, int64_t num_codebooks, int64_t num_codes,
+                                            int64_t vocab_size, int32_t type, int32_t isa, int64_t parts);
+
+// VQGatherScatter on the current CUDA device; all pointers are device pointers, codes are packed (vq/shape.h).
+//
+// Returns: the cudaError_t of the launch; 801 (cudaErrorNotSupported) in a library built without CUDA.
+VQ_EXPORT int vq_gather_scatter_cuda(const void* code_logits, const void* codes, const void* bias, void* logits,
+                                     int64_t rows, int64_t num_codebooks, int64_t num_codes, int64_t vocab_size,
+                                     int32_t code_bits, int32_t type, void* stream);
+
+// codes int32 [V, M] -> words uint32 [M, words per codebook], of code_bits 8 or 16.
+VQ_EXPORT void vq_pack_codes(const int32_t* codes, int64_t vocab_size, int64_t num_codebooks, int32_t code_bits,
+                             uint32_t* words);
+
+// The instruction set that the CPU kernels pick on this processor: a number as in `isa` above.
+VQ_EXPORT int32_t vq_best_isa(void);
+
+#ifdef __cplusplus
+}
+#endif

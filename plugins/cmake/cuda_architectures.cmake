@@ -1,0 +1,21 @@
+# VQ_GENCODE: machine code for the GPUs that the toolkit knows, and PTX of the newest for what comes later.
+#
+# 80 A100; 86 RTX 30; 87 Jetson Orin; 89 RTX 40; 90 H100; 100 B200; 101/110 Jetson Thor (renamed in CUDA 13); 120 RTX 50.
+if(VQ_CUDA_ARCHITECTURES)
+    set(wanted ${VQ_CUDA_ARCHITECTURES})
+else()
+    set(wanted 80 86 87 89 90 100 101 110 120)
+endif()
+execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-code OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+set(VQ_GENCODE "")
+set(newest "")
+foreach(architecture IN LISTS wanted)
+    if(known MATCHES "sm_${architecture}([^0-9a-z]|$)")
+        list(APPEND VQ_GENCODE "-gencode=arch=compute_${architecture},code=sm_${architecture}")
+        set(newest ${architecture})
+    elseif(VQ_CUDA_ARCHITECTURES)
+        message(FATAL_ERROR "${CMAKE_CUDA_COMPILER} does not know sm_${architecture}; take it out of VQ_CUDA_ARCHITECTURES")
+    endif()
+endforeach()
+list(APPEND VQ_GENCODE "-gencode=arch=compute_${newest},code=compute_${newest}")
+message(STATUS "CUDA code: ${VQ_GENCODE}")

@@ -1,0 +1,107 @@
+// AVX-512: gathers of sixteen, and permutes of tables that fit registers.
+#include <immintrin.h>
+
+#include "cpu/isa.h"
+
+namespace vq::cpu {
+namespace {
+
+#include "cpu/generic.inl"
+
+__m512i Load16(const uint8_t* ids) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(ids)));
+}
+__m512i Load16(const uint16_t* ids) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)));
+}
+
+// One codebook: sums = start + look-up. start may be null (zeros) or the sums themselves.
+template <typename Id>
+void Gather(const float* table, const Id* codes, const float* start, float* sums) {
+    for (int64_t t = 0; t < kBlock; t += 16) {
+        __m512 sum = _mm512_i32gather_ps(Load16(codes + t), table, 4);
+        if (start != nullptr) sum = _mm512_add_ps(sum, _mm512_loadu_ps(start + t));
+        _mm512_storeu_ps(sums + t, sum);
+    }
+}
+
+// 256 floats in sixteen registers, looked up by permutes and blends.
+struct Registers {
+    __m512 part[16];
+
+    explicit Registers(const float* table) {
+        for (int i = 0; i < 16; ++i) part[i] = _mm512_loadu_ps(table + 16 * i);
+    }
+
+    __m512 LookUp(__m512i ids) const {
+        // A two-register permute takes the low five bits of an id; bits 5 to 7 choose among the eight results.
+        const __mmask16 bit5 = _mm512_test_epi32_mask(ids, _mm512_set1_epi32(32));
+        const __mmask16 bit6 = _mm512_test_epi32_mask(ids, _mm512_set1_epi32(64));
+        const __mmask16 bit7 = _mm512_test_epi32_mask(ids, _mm512_set1_epi32(128));
+        __m512 found[8];
+        for (int i = 0; i < 8; ++i) found[i] = _mm512_permutex2var_ps(part[2 * i], ids, part[2 * i + 1]);
+        for (int i = 0; i < 8; i += 2) found[i] = _mm512_mask_blend_ps(bit5, found[i], found[i + 1]);
+        for (int i = 0; i < 8; i += 4) found[i] = _mm512_mask_blend_ps(bit6, found[i], found[i + 2]);
+        return _mm512_mask_blend_ps(bit7, found[0], found[4]);
+    }
+};
+
+// Two codebooks of 256 codes at once: one by permutes, one by gathers. They keep different ports of the core busy:
+// 4.3 look-ups a nanosecond together where gathers alone do 2.7 (M=64, V=49152, one core of a server of 2023).
+void PermuteAndGather(const float* table, const uint8_t* codes, const float* start, float* sums) {
+    const Registers registers(table);
+    for (int64_t t = 0; t < kBlock; t += 16) {
+        const __m512 gathered = _mm512_i32gather_ps(Load16(codes + kBlock + t), table + 256, 4);
+        __m512 sum = _mm512_add_ps(registers.LookUp(Load16(codes + t)), gathered);
+        if (start != nullptr) sum = _mm512_add_ps(sum, _mm512_loadu_ps(start + t));
+        _mm512_storeu_ps(sums + t, sum);
+    }
+}
+
+void OneRow(const float* tables, const Block& block, float* sums) {
+    const float* start = block.bias;
+    const int64_t k = block.num_codes;
+    int64_t m = 0;
+    if (k == 256) {
+        for (; m + 2 <= block.num_codebooks; m += 2, start = sums) {
+            PermuteAndGather(tables + m * k, Codes<uint8_t>(block, m), start, sums);
+        }
+    }
+    for (; m < block.num_codebooks; ++m, start = sums) {
+        if (block.code_bits == 8) {
+            Gather(tables + m * k, Codes<uint8_t>(block, m), start, sums);
+        } else {
+            Gather(tables + m * k, Codes<uint16_t>(block, m), start, sums);
+        }
+    }
+}
+
+void WidenAvx512(const void* in, Type type, int64_t count, float* out) {
+    if (type == Type::kBFloat16) return Widen(in, type, count, out);
+    const auto* halves = static_cast<const uint16_t*>(in);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i))));
+    }
+    for (; i < count; ++i) out[i] = FloatFromFloat16(halves[i]);
+}
+
+void NarrowAvx512(const float* in, Type type, int64_t count, void* out) {
+    if (type == Type::kBFloat16) return Narrow(in, type, count, out);
+    auto* halves = static_cast<uint16_t*>(out);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves + i),
+                            _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    for (; i < count; ++i) halves[i] = Float16FromFloat(in[i]);
+}
+
+}  // namespace
+
+const Kernels& Avx512Kernels() {
+    static constexpr Kernels kKernels{OneRow, EightRows, Interleave, WidenAvx512, NarrowAvx512};
+    return kKernels;
+}
+
+}  // namespace vq::cpu

@@ -1,0 +1,65 @@
+// What one instruction set provides. Every instruction set is a translation unit of its own, compiled with its own
+// flags; those files use no inline function of any library, which the linker could keep for processors that lack the
+// flags.
+#pragma once
+
+#include <cstdint>
+
+#include "vq/shape.h"
+
+namespace vq::cpu {
+
+// Tokens taken together: their sums (2 KiB a row) stay in the first cache while the codebooks pass by.
+inline constexpr int64_t kBlock = 512;
+
+// Rows taken together where it pays: one look-up then serves eight rows.
+inline constexpr int64_t kRows = 8;
+
+// The constants of kBlock tokens, padded with code 0 behind the last.
+struct Block {
+    const void* codes;  // uint8 or uint16 [M, kBlock]
+    const float* bias;  // [kBlock], or null
+    int64_t num_codebooks;
+    int64_t num_codes;
+    int32_t code_bits;  // 8 or 16
+};
+
+// A row's tables in fixed point, for instruction sets that look bytes up (avx512_vbmi.cpp).
+struct FixedPoint {
+    uint8_t* planes;  // [M, 3, 256]
+    float step;
+    float offset;  // what all codes' middles add up to
+};
+
+// Codebooks that fixed point serves: fewer are quick enough without, more could overflow its sums.
+inline constexpr int64_t kMinFixedCodebooks = 8;
+inline constexpr int64_t kMaxFixedCodebooks = 256;
+
+struct Kernels {
+    // tables [M, K] of one row -> sums [kBlock], bias included.
+    void (*one_row)(const float* tables, const Block& block, float* sums);
+    // tables [M, K, kRows] -> sums [kRows, kBlock], bias included.
+    void (*eight_rows)(const float* tables, const Block& block, float* sums);
+    // rows [kRows, count], `stride` apart -> out [count, kRows].
+    void (*interleave)(const float* rows, int64_t stride, int64_t count, float* out);
+    // count numbers of a half type to float32, and back, rounded to nearest even.
+    void (*widen)(const void* in, Type type, int64_t count, float* out);
+    void (*narrow)(const float* in, Type type, int64_t count, void* out);
+
+    // Both null where the instruction set has nothing of the kind.
+    //
+    // tables [M, K] of one row, K at most 256 -> fixed point; planes are given, the rest is set. Returns false for a
+    // row that must stay in float32: infinities, NaN, or a codebook whose scores span far more than the others' do. A
+    // look-up is then off by one step at most, so a sum by M * 2^-24 of the widest codebook's span.
+    bool (*to_fixed_point)(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) = nullptr;
+    // 8-bit ids -> sums [kBlock], bias included.
+    void (*one_row_fixed)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
+};
+
+const Kernels& PortableKernels();
+const Kernels& NeonKernels();
+const Kernels& Avx2Kernels();
+const Kernels& Avx512Kernels();
+const Kernels& Avx512VbmiKernels();
+
+}  // namespace vq::cpu

@@ -1,0 +1,16 @@
+// Any processor: plain C++.
+#include "cpu/isa.h"
+
+namespace vq::cpu {
+namespace {
+
+#include "cpu/generic.inl"
+
+}  // namespace
+
+const Kernels& PortableKernels() {
+    static constexpr Kernels kKernels{OneRowByLoads, EightRows, Interleave, Widen, Narrow};
+    return kKernels;
+}
+
+}  // namespace vq::cpu
