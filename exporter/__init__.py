@@ -17,8 +17,12 @@ _HOME = {
     "HeadSpec": "records",
     "export_onnx": "graph",
     "ExportOptions": "graph",
+    "build_engine": "engine",
+    "EngineOptions": "engine",
+    "load_engine": "plan",
     "OrtRunner": "runners",
     "TorchRunner": "runners",
+    "TrtRunner": "trt_runner",
     "check_parity": "parity",
     "run_benchmark": "bench",
     "compress_model": "compress",
@@ -32,18 +36,22 @@ _HOME = {
 __all__ = [
     "CheckFailed",
     "CompressOptions",
+    "EngineOptions",
     "ExportOptions",
     "HeadSpec",
     "LoadedModel",
     "OrtRunner",
     "RunOptions",
     "TorchRunner",
+    "TrtRunner",
     "UserError",
     "VQHead",
+    "build_engine",
     "check_parity",
     "compress_model",
     "export_onnx",
     "load_dense",
+    "load_engine",
     "load_model",
     "run_benchmark",
     "run_pipeline",
@@ -53,14 +61,17 @@ __all__ = [
 if TYPE_CHECKING:
     from export_vq.bench import run_benchmark
     from export_vq.compress import CompressOptions, compress_model
+    from export_vq.engine import EngineOptions, build_engine
     from export_vq.errors import CheckFailed, UserError
     from export_vq.graph import ExportOptions, export_onnx
     from export_vq.head import VQHead
     from export_vq.load import LoadedModel, load_dense, load_model, save_model
     from export_vq.parity import check_parity
     from export_vq.pipeline import RunOptions, run_pipeline
+    from export_vq.plan import load_engine
     from export_vq.records import HeadSpec
     from export_vq.runners import OrtRunner, TorchRunner
+    from export_vq.trt_runner import TrtRunner
 
 
 def __getattr__(name: str) -> Any:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from export_vq.cli_native import build, plugins, print_engine
 from export_vq.errors import CheckFailed, UserError
-
-if TYPE_CHECKING:
-    from export_vq.plugins.library import Library
+from export_vq.terminal import Steps, console, mib, plain, print_table, yes
 
 _QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 """Libraries keep quiet, as this tool shows its own progress, and never look for a model on the network."""
-
-console = Console(stderr=True, highlight=False)
-"""Progress and messages; results go to standard output."""
 
 
 class _MainJobFirst(click.Group):
@@ -42,34 +32,6 @@ class _MainJobFirst(click.Group):
         return super().resolve_command(ctx, args)
 
 
-class _Steps:
-    """Progress on the terminal: one line a step, a bar while it runs."""
-
-    def __init__(self) -> None:
-        self._live = console.is_terminal
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[Callable[[str, float], None]]:
-        start = time.perf_counter()
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description:16s}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        if not self._live:
-            console.print(f"  {name} ...")
-        with Progress(*columns, console=console, transient=True, disable=not self._live) as bar:
-            task = bar.add_task(name, total=None)
-            yield lambda what, fraction: bar.update(task, description=what, total=1.0, completed=fraction)
-        console.print(f"[green]✓[/] {name:24s} {time.perf_counter() - start:6.1f} s")
-
-    def skipped(self, name: str) -> None:
-        console.print(f"[green]✓[/] {name:24s} unchanged, skipped")
-
-
 def main() -> None:
     """Entry point: exit code 0 done, 1 a check failed, 2 usage or input; a traceback only with --debug."""
     for name, value in _QUIET.items():
@@ -81,7 +43,7 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         console.print(
-            f"[red]error:[/] {_plain(error)}" if isinstance(error, UserError) else f"[red]FAILED:[/] {_plain(error)}",
+            f"[red]error:[/] {plain(error)}" if isinstance(error, UserError) else f"[red]FAILED:[/] {plain(error)}",
             soft_wrap=True,
         )
         sys.exit(error.exit_code)
@@ -105,16 +67,11 @@ def main() -> None:
         if debug:
             raise
         console.print(
-            f"[red]internal error:[/] {type(error).__name__}: {_plain(error)}; this is a bug of export-vq, "
+            f"[red]internal error:[/] {type(error).__name__}: {plain(error)}; this is a bug of export-vq, "
             "please report it with the output of the same command and --debug",
             soft_wrap=True,
         )
         sys.exit(70)
-
-
-def _plain(error: BaseException) -> str:
-    """The message with rich's markup switched off."""
-    return str(error).replace("[", r"\[")
 
 
 def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +164,7 @@ def run(
     options = RunOptions(
         export=export, text=text, baseline=baseline, prompt=prompt, positions=positions, threads=threads
     )
-    report = run_pipeline(model, output, options, _Steps())
+    report = run_pipeline(model, output, options, Steps())
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else render_summary(report))
     console.print(f"report: {output / 'report.html'}")
     if not report:
@@ -241,118 +198,9 @@ def export(model: Path, output: Path, dtype: str, opset: int, form: str, externa
 
     loaded = load_model(model)
     options = ExportOptions(dtype=dtype, form=form, opset=opset, external_data_bytes=external_data_mb << 20)
-    artifacts = export_step(lambda: loaded, sha256(model), Bundle(output), options, _Steps())
+    artifacts = export_step(lambda: loaded, sha256(model), Bundle(output), options, Steps())
     for artifact in artifacts.values():
         click.echo(f"{output / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
-
-
-@cli.command()
-@click.argument("source", metavar="MODEL_OR_FOLDER", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Output folder.  [default: FOLDER, or out for a MODEL]"
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
-    default="fp16",
-    show_default=True,
-    help="Type to export a MODEL in; a FOLDER has its own.",
-)
-@click.option(
-    "--kind",
-    "kinds",
-    multiple=True,
-    type=click.Choice(["vq-plugin", "vq-plain", "dense"]),
-    help="Engine to build; repeat for more.  [default: all that this machine can]",
-)
-@click.option("--min-shapes", default="", help="Smallest shapes, NAME:AxBx..,.. or prefill/NAME:.., decode/NAME:..")
-@click.option("--opt-shapes", default="", help="Shapes to tune for.")
-@click.option("--max-shapes", default="", help="Largest shapes.")
-@click.option(
-    "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="Timing cache to read and to write."
-)
-@click.option("--version-compatible", is_flag=True, help="Plans that later TensorRT versions load too.")
-@click.option("--strip", is_flag=True, help="Plans without weights; loading takes them from the .onnx beside.")
-@click.option("--embed-plugin", is_flag=True, help="Put the plugin library into the vq-plugin plan.")
-@click.option("--workspace-mb", type=click.IntRange(1), help="Most scratch memory that the builder may give a layer.")
-@click.option(
-    "--tensorrt", "flavour", type=click.Choice(["tensorrt", "tensorrt_rtx"]), help="Which one, where both are."
-)
-@click.option(
-    "--plugin",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The libvq_trt.so to build with.  [default: the one built here]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the artifacts as JSON.")
-def build(
-    source: Path,
-    output: Path | None,
-    dtype: str,
-    kinds: tuple[str, ...],
-    min_shapes: str,
-    opt_shapes: str,
-    max_shapes: str,
-    timing_cache: Path | None,
-    version_compatible: bool,
-    strip: bool,
-    embed_plugin: bool,
-    workspace_mb: int | None,
-    flavour: str | None,
-    plugin: Path | None,
-    as_json: bool,
-) -> None:
-    """Build TensorRT engines of MODEL, or of the graphs in FOLDER: vq-plugin, vq-plain and dense.
-
-    Every engine gets a prefill and a decode profile, printed when it is built; the shapes options move them.
-    """
-    from export_vq.engine import EngineOptions
-    from export_vq.engines import build_engines, options_for
-    from export_vq.profiles import describe
-
-    steps = _Steps()
-    if (
-        source.suffix != ".onnx"
-        and source.exists()
-        and not any((source / n).is_file() for n in ("model.onnx", "dense.onnx"))
-    ):
-        from export_vq.bundle import Bundle
-        from export_vq.files import sha256
-        from export_vq.graph import ExportOptions
-        from export_vq.load import load_model
-        from export_vq.steps import export_step
-
-        output = output or Path("out")
-        export_step(lambda: load_model(source), sha256(source), Bundle(output), ExportOptions(dtype=dtype), steps)
-        source = output
-    options = EngineOptions(
-        min_shapes=min_shapes,
-        opt_shapes=opt_shapes,
-        max_shapes=max_shapes,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        strip=strip,
-        embed_plugin=embed_plugin,
-        workspace_bytes=None if workspace_mb is None else workspace_mb << 20,
-        flavour=flavour,
-        plugin=plugin,
-    )
-    out = output or (source if source.is_dir() else source.parent)
-    built, not_done = build_engines(source, out, kinds, options_for(source, options), steps)
-    if as_json:
-        click.echo(json.dumps({"engines": [a.to_json() for a in built.values()], "not_done": not_done}, indent=1))
-        return
-    for artifact in built.values():
-        for profile in artifact.profiles:
-            click.echo(f"{artifact.kind:10s} {profile.name}: {describe(profile)}")
-        plugins = ", ".join(
-            f"{p.plugin} {p.output_dtypes[0] if p.output_dtypes else ''}" for p in artifact.plugin_layers
-        )
-        click.echo(
-            f"{artifact.kind:10s} {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB, {sum(artifact.layers.values())} layers in the "
-            f"{artifact.layers_from}, by plugins: {plugins or 'none'}"
-        )
-    for line in not_done:
-        console.print(f"not done: {_plain(Exception(line))}", soft_wrap=True)
 
 
 @cli.command()
@@ -364,7 +212,7 @@ def check(model: Path, folder: Path, text: Path | None, positions: int, threads:
     """Is the graph in FOLDER the same function as the checkpoint MODEL? Exit code 1 when it is not."""
     from export_vq.pipeline import RunOptions, check_folder
 
-    reports = check_folder(model, folder, RunOptions(text=text, positions=positions, threads=threads), _Steps())
+    reports = check_folder(model, folder, RunOptions(text=text, positions=positions, threads=threads), Steps())
     if as_json:
         click.echo(json.dumps([report.to_json() for report in reports], indent=1))
     else:
@@ -438,7 +286,7 @@ def compress(
         seed=seed,
         calibration_tokens=calibration_tokens,
     )
-    spec = compress_step(model, text, output, options, _Steps())
+    spec = compress_step(model, text, output, options, Steps())
     click.echo(
         f"{output}: {spec.kind} head, M={spec.num_codebooks}, K={spec.num_codes}, {spec.head_bytes() / 2**20:.1f} MiB in fp16, "
         f"{spec.head_bytes() / spec.dense_bytes():.1%} of the dense head's {spec.dense_bytes() / 2**20:.1f} MiB"
@@ -454,9 +302,16 @@ def compress(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, text: Path | None, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint or an ONNX file."""
-    from export_vq.inspection import inspect_path
+    """Say what PATH is: a checkpoint, an ONNX file or a TensorRT plan."""
+    from export_vq.inspection import inspect_engine, inspect_path
 
+    if path.suffix == ".plan":
+        engine = inspect_engine(path)
+        if as_json:
+            click.echo(json.dumps(engine.to_json(), indent=1))
+        else:
+            print_engine(engine)
+        return
     found = inspect_path(path, text)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1))
@@ -464,10 +319,10 @@ def inspect(path: Path, text: Path | None, as_json: bool) -> None:
     spec = found.spec
     rows = [
         ("what", f"{found.what}, {found.model_type}, {found.dtype}"),
-        ("file", _mib(found.file_bytes)),
+        ("file", mib(found.file_bytes)),
         (
             "head",
-            f"{spec.kind}: V={spec.vocab_size} D={spec.hidden_size} M={spec.num_codebooks} K={spec.num_codes}, bias: {_yes(spec.has_bias)}, rotation: {_yes(spec.has_rotation)}",
+            f"{spec.kind}: V={spec.vocab_size} D={spec.hidden_size} M={spec.num_codebooks} K={spec.num_codes}, bias: {yes(spec.has_bias)}, rotation: {yes(spec.has_rotation)}",
         ),
         (
             "head numbers",
@@ -475,9 +330,9 @@ def inspect(path: Path, text: Path | None, as_json: bool) -> None:
         ),
         (
             "head bytes",
-            f"{_mib(found.head_bytes)} against {_mib(found.dense_head_bytes)} dense ({found.head_bytes / found.dense_head_bytes:.1%})",
+            f"{mib(found.head_bytes)} against {mib(found.dense_head_bytes)} dense ({found.head_bytes / found.dense_head_bytes:.1%})",
         ),
-        ("model bytes", f"{_mib(found.model_bytes)} against {_mib(found.dense_model_bytes)} with the dense head"),
+        ("model bytes", f"{mib(found.model_bytes)} against {mib(found.dense_model_bytes)} with the dense head"),
     ]
     if found.tied_embedding:
         rows.append(
@@ -489,7 +344,7 @@ def inspect(path: Path, text: Path | None, as_json: bool) -> None:
     if found.floor is not None:
         rows.append(("perplexity floor", f"{found.floor:.3f} on this text: no training of this mapping can go below"))
     rows += [("note", note) for note in found.notes]
-    _print_table(rows)
+    print_table(rows)
 
 
 @cli.command()
@@ -502,105 +357,11 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([finding.to_json() for finding in findings], indent=1))
         return
-    _print_table([(f"{f.state:8s}{f.subject}", f.detail + (f"  ->  {f.mend}" if f.mend else "")) for f in findings])
+    print_table([(f"{f.state:8s}{f.subject}", f.detail + (f"  ->  {f.mend}" if f.mend else "")) for f in findings])
 
 
-@cli.group()
-def plugins() -> None:
-    """The native libraries: kernels, ONNX Runtime custom ops, TensorRT plugin."""
-
-
-@plugins.command("build")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the libraries; default: the package's own."
-)
-@click.option(
-    "--ort-include-dir",
-    type=click.Path(path_type=Path),
-    help="Folder of onnxruntime_cxx_api.h; default: fetched once (150 MB).",
-)
-@click.option(
-    "--tensorrt-include-dir",
-    type=click.Path(path_type=Path),
-    help="Folder of NvInferRuntime.h; default: TENSORRT_ROOT, the system's, else fetched once.",
-)
-@click.option("--cuda/--no-cuda", default=True, show_default=True, help="Compile the CUDA kernels where nvcc is.")
-@click.option(
-    "--cuda-architectures",
-    default="",
-    metavar="LIST",
-    help="Compute capabilities, as in 87,120; default: all that nvcc knows.",
-)
-@click.option("--jobs", type=click.IntRange(0), default=0, help="Compilers at a time; 0: one per core.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def build_plugins(
-    output: Path | None,
-    ort_include_dir: Path | None,
-    tensorrt_include_dir: Path | None,
-    cuda: bool,
-    cuda_architectures: str,
-    jobs: int,
-    as_json: bool,
-) -> None:
-    """Build the libraries that this machine can build, and say why for those that it cannot."""
-    from export_vq.plugins.build import BuildOptions, build_libraries
-    from export_vq.plugins.library import LIB
-
-    options = BuildOptions(
-        output=output or LIB,
-        ort_include_dir=ort_include_dir,
-        tensorrt_include_dir=tensorrt_include_dir,
-        cuda=cuda,
-        cuda_architectures=tuple(cuda_architectures.replace(",", " ").split()),
-        jobs=jobs,
-    )
-    result = build_libraries(options, _Steps())
-    if as_json:
-        click.echo(json.dumps(asdict(result), default=str, indent=1))
-        return
-    for library in result.libraries:
-        click.echo(f"built      {library.name:14s}{_library_line(library)}")
-    for what, why in result.not_built.items():
-        click.echo(f"not built  {what:14s}{why}")
-
-
-@plugins.command("list")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_plugins(folder: Path | None, as_json: bool) -> None:
-    """The libraries in FOLDER (default: the package's own), and whether they fit this version's sources."""
-    from export_vq.plugins.library import LIB, LIBRARIES, build_command, find
-
-    found = {name: find(name, folder) for name in LIBRARIES}
-    if as_json:
-        listed = {name: library and asdict(library) for name, library in found.items()}
-        click.echo(json.dumps(listed, default=str, indent=1))
-        return
-    for name, library in found.items():
-        state = "missing" if library is None else "current" if library.current else "stale"
-        line = f"{LIBRARIES[name]}, not in {folder or LIB}" if library is None else _library_line(library)
-        mend = "" if state == "current" else f"  ->  {build_command(folder)}"
-        click.echo(f"{state:9s}{name:8s}{line}{mend}")
-
-
-def _library_line(library: Library) -> str:
-    return f"{library.path}  CUDA: {_yes(library.cuda)}"
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console(highlight=False).print(table)
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.2f} MiB"
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
-
+cli.add_command(build)
+cli.add_command(plugins)
 
 if __name__ == "__main__":
     main()

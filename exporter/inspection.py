@@ -1,4 +1,4 @@
-"""What a file is, in a screenful: checkpoints and ONNX graphs."""
+"""What a file is, in a screenful: checkpoints, ONNX graphs and engines."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from export_vq import contract
 from export_vq.errors import UserError
-from export_vq.files import size
-from export_vq.records import HeadSpec, OnnxArtifact, Record
+from export_vq.files import sha256, size
+from export_vq.records import EngineArtifact, HeadSpec, OnnxArtifact, Record
 
 _WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -65,6 +65,23 @@ def inspect_path(path: Path, text: Path | None = None) -> Inspection:
             raise UserError(f"{path}: the floor needs the tokenizer of a checkpoint; give --text with the model.pt")
         return _inspect_onnx(path)
     return _inspect_checkpoint(path, text)
+
+
+def inspect_engine(plan: Path) -> EngineArtifact:
+    """What the sidecar of a TensorRT plan says; the plan itself can only be opened by the TensorRT that it is for.
+
+    Args:
+        plan: <kind>.plan.
+
+    Raises:
+        UserError: there is no such plan, it has no sidecar, or the two do not belong together.
+    """
+    if not plan.is_file():
+        raise UserError(f"{plan}: no such file; give a plan that export-vq build wrote")
+    artifact = EngineArtifact.load(plan.with_suffix(".json"))
+    if sha256(plan) != artifact.sha256:
+        raise UserError(f"{plan}: not the file that {plan.stem}.json describes; build it again with: export-vq build")
+    return artifact
 
 
 def _inspect_checkpoint(path: Path, text: Path | None) -> Inspection:

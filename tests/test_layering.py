@@ -68,17 +68,25 @@ MAY_IMPORT = {
         "bench", "bundle", "compress", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
         "parity", "progress", "records", "report", "require", "runners", "steps", "text", "trt_runner", "workloads",
     },
-    "cli": {
-        "bundle", "compress", "doctor", "engine", "engines", "errors", "files", "graph", "inspection", "load",
-        "pipeline", "plugins.build", "plugins.library", "profiles", "report", "steps",
+    "terminal": set(),
+    "cli_native": {
+        "bundle", "engine", "engines", "files", "graph", "load", "plugins.build", "plugins.library", "profiles",
+        "records", "steps", "terminal", "wording",
     },
-    "__init__": {"bench", "compress", "errors", "graph", "head", "load", "parity", "pipeline", "records", "runners"},
+    "cli": {
+        "bundle", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load", "pipeline",
+        "report", "steps", "terminal",
+    },
+    "__init__": {
+        "bench", "compress", "engine", "errors", "graph", "head", "load", "parity", "pipeline", "plan", "records",
+        "runners", "trt_runner",
+    },
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = (
     "contract", "errors", "files", "require", "records", "bundle", "doctor",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
 )  # fmt: skip
-LIGHT = {"cli": {"click", "rich"}}
+LIGHT = {"cli": {"click"}, "cli_native": {"click"}, "terminal": {"rich"}}
 """Modules that must load in an environment without torch, onnx and the runtimes."""
 
 
@@ -134,7 +142,7 @@ def test_the_plan_names_what_is_there():
             assert MAY_IMPORT[room] == _imports(path)[0], f"{room}: the plan allows what is no longer used"
 
 
-@pytest.mark.parametrize("room", [*STANDARD_LIBRARY_ONLY, "cli"])
+@pytest.mark.parametrize("room", [*STANDARD_LIBRARY_ONLY, *LIGHT])
 def test_the_light_rooms_need_nothing_heavy(room):
     import sys
 

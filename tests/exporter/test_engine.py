@@ -517,10 +517,11 @@ def test_the_command_builds_from_a_checkpoint_then_skips_what_is_current(from_ch
     (code, stdout, _), out = from_checkpoint
     assert code == 0
     # 64 positions, as the model's config says
-    assert "dense      prefill: input_ids and 2 more 1x1 .. 1x64 .. 8x64" in stdout
-    assert "fp16" in stdout
+    assert "  prefill: input_ids and 2 more 1x1 .. 1x64 .. 8x64" in stdout
+    assert "dense in TensorRT for RTX 1.7.1 for any GPU that it supports: fp16" in stdout
     assert "by plugins: none" in stdout
     plan = out / "engines" / FOLDER / "dense.plan"
+    assert run("inspect", plan)[:2] == (0, stdout)
     stamp = plan.stat().st_mtime_ns
     code, stdout, stderr = run("build", out, "--kind", "dense", "--json")
     assert code == 0
@@ -529,6 +530,17 @@ def test_the_command_builds_from_a_checkpoint_then_skips_what_is_current(from_ch
     assert plan.stat().st_mtime_ns == stamp
     (entry,) = json.loads(stdout)["engines"]
     assert EngineArtifact.from_json(entry) == EngineArtifact.load(plan.with_suffix(".json"))
+
+
+def test_inspect_refuses_a_plan_that_its_sidecar_does_not_describe(heads, tmp_path):
+    code, _, stderr = run("inspect", tmp_path / "dense.plan")
+    assert (code, "no such file; give a plan" in stderr) == (2, True)
+    build_engine(heads["dense"], "dense", tmp_path)
+    plan = tmp_path / FOLDER / "dense.plan"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    code, _, stderr = run("inspect", plan)
+    assert code == 2
+    assert "not the file that dense.json describes; build it again" in " ".join(stderr.split())
 
 
 def test_other_options_or_a_changed_plan_are_built_anew(heads, tmp_path):
