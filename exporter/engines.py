@@ -12,7 +12,7 @@ from export_vq.engine import EngineOptions, build_engine, builder_versions, engi
 from export_vq.engine_source import KINDS, read_graph
 from export_vq.errors import UserError
 from export_vq.files import sha256
-from export_vq.plugins.library import find
+from export_vq.plugins.library import find, require_library
 from export_vq.progress import Progress
 from export_vq.records import EngineArtifact
 from export_vq.trt import find_tensorrt
@@ -85,9 +85,12 @@ def _files(source: Path, kinds: Sequence[str], options: EngineOptions) -> tuple[
         is_dense = not forms.gather_scatter_nodes(read_graph(source))
         files = {kind: source for kind in wanted if kinds or (kind == "dense") == is_dense}
     not_done = []
-    if not kinds and "vq-plugin" in files and options.plugin is None and find("vq_trt") is None:
-        del files["vq-plugin"]
-        not_done.append("vq-plugin: its library libvq_trt.so is not built; build it with: export-vq plugins build")
+    if not kinds and "vq-plugin" in files and options.plugin is None:
+        try:
+            require_library("vq_trt")
+        except UserError as error:
+            del files["vq-plugin"]
+            not_done.append(f"vq-plugin engine: {error}")
     return files, not_done
 
 

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kPlanes = 3;
 constexpr int64_t kTable = 256;         // entries of a plane's table
-constexpr int32_t kMiddle = 1 << 23;    // integers are centred there: 0 to 2^24 - 1
+constexpr uint32_t kMiddle = 1 << 23;   // integers are centred there: 0 to 2^24 - 1
 constexpr int64_t kGroup = 64;          // tokens of one vector of ids
 constexpr int64_t kSums = 2 * kPlanes;  // vectors of 16-bit sums a group: even and odd tokens of each plane
 
@@ -85,13 +85,13 @@ struct Table {
 };
 
 // The 16-bit sums of a group to float32 logits, bias included.
-void Finish(const __m512i* sums, int32_t middle, float step, float offset, const float* bias, float* out) {
+void Finish(const __m512i* sums, int32_t start, float step, float offset, const float* bias, float* out) {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int half = 0; half < 2; ++half) {
         __m512 parity[2];  // even tokens, odd tokens
         for (int odd = 0; odd < 2; ++odd) {
-            __m512i total = _mm512_set1_epi32(-middle);
+            __m512i total = _mm512_set1_epi32(start);
             for (int64_t p = 0; p < kPlanes; ++p) {
                 const __m512i plane = sums[2 * p + odd];
                 const __m256i part = half == 0 ? _mm512_castsi512_si256(plane) : _mm512_extracti64x4_epi64(plane, 1);
@@ -103,9 +103,9 @@ void Finish(const __m512i* sums, int32_t middle, float step, float offset, const
         for (int part = 0; part < 2; ++part) {
             const __m512 steps = _mm512_permutex2var_ps(parity[0], part == 0 ? first : second, parity[1]);
             const int64_t t = 32 * half + 16 * part;
-            __m512 start = _mm512_set1_ps(offset);
-            if (bias != nullptr) start = _mm512_add_ps(start, _mm512_loadu_ps(bias + t));
-            _mm512_storeu_ps(out + t, _mm512_fmadd_ps(steps, _mm512_set1_ps(step), start));
+            __m512 base = _mm512_set1_ps(offset);
+            if (bias != nullptr) base = _mm512_add_ps(base, _mm512_loadu_ps(bias + t));
+            _mm512_storeu_ps(out + t, _mm512_fmadd_ps(steps, _mm512_set1_ps(step), base));
         }
     }
 }
@@ -133,11 +133,11 @@ void OneRowFixed(const FixedPoint& fixed, const Block& block, float* out) {
             }
         }
     }
-    // Every codebook brought kMiddle; 2^31 wraps to the same bits.
-    const auto middle = static_cast<int32_t>(static_cast<uint32_t>(block.num_codebooks) * kMiddle);
+    // Every codebook brought kMiddle, which is taken off again, modulo 2^32.
+    const auto start = static_cast<int32_t>(0u - static_cast<uint32_t>(block.num_codebooks) * kMiddle);
     for (int64_t g = 0; g < kGroups; ++g) {
         const float* bias = block.bias == nullptr ? nullptr : block.bias + g * kGroup;
-        Finish(sums + g * kSums, middle, fixed.step, fixed.offset, bias, out + g * kGroup);
+        Finish(sums + g * kSums, start, fixed.step, fixed.offset, bias, out + g * kGroup);
     }
 }
 
