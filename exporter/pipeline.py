@@ -127,18 +127,19 @@ class _Run:
         checks, bench, written = [], None, Continuation("", "")
         if runs:
             library = native_library()
+            native = self._is_native(artifacts["vq"])
             check_key = {
                 **key,
                 "positions": options.positions,
                 "ort": version_of("onnxruntime"),
                 "native": library.sha256 if library else "",
             }
-            judged = {"check": ("vq", True), "check-dense": ("dense", False)}
+            judged = {"check": ("vq", native), "check-dense": ("dense", False)}
             if library is None:
                 self.not_done.append(
                     "native kernels: the VQ head runs as stock ops, which is slow on a CPU; build them with: export-vq plugins build"
                 )
-            else:
+            if native:
                 judged["check-stock"] = ("vq", False)
             checks = [
                 self._step(
@@ -211,7 +212,7 @@ class _Run:
         _ = self.loaded
         name = f"check {artifact.path}"
         with self.progress.step(name) as tell:
-            return self._check(artifact, lambda fraction: tell(name, fraction))
+            return self._check(artifact, lambda fraction: tell(name, fraction), native=self._is_native(artifact))
 
     def _blocks(self, width: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Token blocks [count, width] of the text, or random ones."""
@@ -222,13 +223,21 @@ class _Run:
             return np.resize(blocks, (count, width)) if len(blocks) < count else blocks
         return np.random.default_rng(0).integers(0, self.loaded.spec.vocab_size, (count, width))
 
-    def _check(self, artifact: OnnxArtifact, tell: Callable[[float], None], *, native: bool = True) -> ParityReport:
-        # The secondary graphs get a quarter of the positions.
-        secondary = artifact.head == "dense" or (not native and native_library() is not None)
+    def _is_native(self, artifact: OnnxArtifact) -> bool:
+        """Whether our kernels run this graph's head: the portable form leaves the node for them."""
+        return native_library() is not None and (artifact.head, artifact.form) == ("vq", "portable")
+
+    def _check(self, artifact: OnnxArtifact, tell: Callable[[float], None], *, native: bool) -> ParityReport:
+        # What is checked besides the main graph gets a quarter of the positions.
+        secondary = artifact.head == "dense" or native != self._is_native(artifact)
         with OrtRunner(
             self.bundle.folder / artifact.path, signature_of(artifact), threads=self.options.threads, native=native
         ) as candidate:
-            return self._compare(candidate, artifact.dtype, self.options.positions // (4 if secondary else 1), tell)
+            positions = self.options.positions // (4 if secondary else 1)
+            report = self._compare(candidate, artifact.dtype, positions, tell)
+            if native:
+                candidate.demand_native()
+            return report
 
     def _compare(self, candidate: Runner, dtype: str, positions: int, tell: Callable[[float], None]) -> ParityReport:
         half = dtype != "fp32"
@@ -280,7 +289,7 @@ class _Run:
         with (
             tempfile.TemporaryDirectory() as scratch,
             head_workloads(head, Path(scratch), opset=self.options.export.opset, threads=threads) as heads,
-            runners(files, signatures, threads) as models,
+            runners(files, signatures, threads, native=self._is_native(artifacts["vq"])) as models,
         ):
             step = step_workload(models, self._blocks(min(128, self.loaded.max_positions - 1), 1))
             backend = f"ONNX Runtime {version_of('onnxruntime')}"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from export_vq import contract
-from export_vq.errors import UserError
+from export_vq.errors import CheckFailed, UserError
 from export_vq.feeds import Feeds, Signature
 from export_vq.load import LoadedModel, convert
 from export_vq.plugins.library import Library, find
@@ -153,6 +153,14 @@ class OrtRunner(_Context):
         for output, value in zip(self._session.get_outputs(), binding.get_outputs(), strict=True):
             binding.bind_ortvalue_output(output.name, value)
         return lambda: self._session.run_with_iobinding(binding)
+
+    def demand_native(self) -> None:
+        """After the first run: raise CheckFailed unless the runtime's profile shows our kernels."""
+        if not self.native_nodes:
+            raise CheckFailed(
+                f"{self.name}: the native kernels are registered, but the runtime's profile shows none of them; "
+                "this version of ONNX Runtime prefers the function body"
+            )
 
     def _read_profile(self) -> None:
         """The first run was profiled; from here on nothing is."""

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "runners": {"contract", "errors", "feeds", "load", "plugins.library", "records", "require"},
     "parity": {"feeds", "generate", "records"},
     "bench": {"records"},
-    "workloads": {"bench", "errors", "feeds", "graph", "head", "runners"},
+    "workloads": {"bench", "feeds", "graph", "head", "runners"},
     "bundle": {"errors", "files", "records"},
     "wording": {"records"},
     "plots": {"records", "wording"},

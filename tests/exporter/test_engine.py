@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -557,7 +558,7 @@ def test_other_options_or_a_changed_plan_are_built_anew(heads, tmp_path):
 
 
 def test_without_the_library_the_other_engines_are_built_and_the_mend_is_told(heads, tmp_path, monkeypatch):
-    monkeypatch.setattr("export_vq.engines.find", lambda _: None)
+    monkeypatch.setattr("export_vq.engines.require_library", partial(require_library, folder=tmp_path / "empty"))
     code, stdout, stderr = run("build", heads["vq"], "-o", tmp_path)
     assert code == 0
     assert "vq-plain" in stdout
