@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime
 import torch
 
 from export_vq.bench import Workload, run_benchmark
@@ -82,7 +83,9 @@ def measure(name: str, threads: int, batches: tuple[int, ...], seconds: float) -
             work = [
                 Workload(w.subject, w.batch, {**w.runs, GATHER: gather.bound(head_inputs(head, w.batch))}) for w in work
             ]
-            report = run_benchmark(work, threads=threads, dtype="fp32", backend=gather.name, seconds=seconds)
+            report = run_benchmark(
+                work, threads=threads, dtype="fp32", backend=f"ONNX Runtime {onnxruntime.__version__}", seconds=seconds
+            )
     return replace(report, timings=tuple(replace(t, subject=name) for t in report.timings))
 
 

@@ -17,13 +17,18 @@ constexpr int64_t kTableFloats = 1 << 16;
 // where one took 1.2 in fixed point and 1.8 without (M=144, V=50257, one core of a server of 2023).
 constexpr int64_t kMinRowsTogether = 5;
 // How many blocks ahead memory is asked for. After a decode step's backbone nothing of the head is in the caches, and
-// the hardware's own prefetching starts anew at every page: the first lines of what comes are enough to start it.
+// the hardware's own prefetching starts anew at every page: the first lines of a page are enough to start it.
 constexpr int64_t kBlocksAhead = 4;
 constexpr int64_t kLinesAhead = 4;
+constexpr uintptr_t kPage = 4096;
 
+// Asks for the page that begins in the `step` bytes up to `memory`, if one does.
 template <int kWrite>
-void Prefetch(const void* memory) {
-    for (int64_t i = 0; i < kLinesAhead; ++i) __builtin_prefetch(static_cast<const char*>(memory) + 64 * i, kWrite, 3);
+void PrefetchPage(const void* memory, int64_t step) {
+    const auto at = reinterpret_cast<uintptr_t>(memory);
+    if (at % kPage >= static_cast<uintptr_t>(step)) return;
+    const char* page = static_cast<const char*>(memory) - at % kPage;
+    for (int64_t i = 0; i < kLinesAhead; ++i) __builtin_prefetch(page + 64 * i, kWrite, 3);
 }
 
 const Kernels& KernelsOf(Isa isa) {
@@ -207,12 +212,12 @@ struct GatherScatter::Job {
             const bool direct = type == Type::kFloat32 && (b + 1) * kBlock <= p.vocab_size;
             alignas(64) float sums[kBlock];
             if (b + kBlocksAhead < p.blocks) {
-                Prefetch<0>(p.At(b + kBlocksAhead, num_codes).codes);
+                PrefetchPage<0>(p.At(b + kBlocksAhead, num_codes).codes, p.num_codebooks * kBlock * p.code_bits / 8);
             }
             for (int64_t r = 0; r < count; ++r) {
                 float* out = direct ? reinterpret_cast<float*>(Logits(first + r)) + b * kBlock : sums;
                 if (direct && (b + 1 + kBlocksAhead) * kBlock <= p.vocab_size) {
-                    Prefetch<1>(out + kBlocksAhead * kBlock);
+                    PrefetchPage<1>(out + kBlocksAhead * kBlock, kBlock * int64_t{sizeof(float)});
                 }
                 if (!fixed.empty() && fixed[static_cast<size_t>(r)] != nullptr) {
                     p.kernels->one_row_fixed(*fixed[static_cast<size_t>(r)], block, out);
