@@ -18,12 +18,15 @@ from export_vq import report as rp
 from export_vq import wording
 from export_vq.records import (
     BenchReport,
+    EngineArtifact,
+    EngineProfile,
     ErrorStats,
     HeadSpec,
     ModelGap,
     OnnxArtifact,
     ParityCase,
     ParityReport,
+    PluginLayer,
     RunReport,
     Timing,
 )
@@ -114,6 +117,31 @@ def artifact(path: str, head: str, form: str) -> OnnxArtifact:
     )  # fmt: skip
 
 
+def engine(kind: str, gpu: str | None, layers_from: str) -> EngineArtifact:
+    plugin = PluginLayer("lm_head", "VQGatherScatter", "1", "com.vqlogits", ("half", "int32"), ("half",))
+    return EngineArtifact(
+        f"{kind}.plan", f"{kind}.onnx", kind, "fp16", "tensorrt", "10.3.0", gpu, "8.7" if gpu else None, None, {},
+        (EngineProfile("decode", ()),), {}, ("input_ids",), ("logits",), ((3, 64),),
+        (plugin,) if kind == "vq-plugin" else (), {"MATRIX_MULTIPLY": 210, "PLUGIN_V3": 1}, layers_from, 287_000_000,
+        "ef" * 32, {},
+    )  # fmt: skip
+
+
+def with_engines() -> RunReport:
+    """A run on a machine with a GPU: engines built, checked and timed."""
+    steps = [
+        timing("decode step", runner, 1, cache, median)
+        for cache, medians in {"warm": (3.1, 3.6, 4.2), "cold": (3.3, 3.9, 5.0)}.items()
+        for runner, median in zip(("vq", "vq, stock ops", "dense"), medians, strict=True)
+    ]
+    return dataclasses.replace(
+        passing(),
+        parity=(*passing().parity, parity("vq-plugin in TensorRT 10.3.0")),
+        engines=tuple(engine(kind, "Orin", "engine") for kind in ("vq-plugin", "vq-plain", "dense")),
+        engine_bench=BenchReport("Orin", 0, "fp16", "TensorRT 10.3.0", tuple(steps)),
+    )
+
+
 def passing() -> RunReport:
     gap_stats = dataclasses.replace(
         stats(1e6, 0.713), perplexity_reference=20.17, perplexity_candidate=23.02, kl_mean=0.132, kl_p99=1.21
@@ -170,7 +198,7 @@ def hostile() -> RunReport:
     )
 
 
-SAMPLES = {"passing": passing, "failing": failing, "bare": bare, "hostile": hostile}
+SAMPLES = {"passing": passing, "failing": failing, "bare": bare, "hostile": hostile, "engines": with_engines}
 
 
 class Page(html.parser.HTMLParser):
@@ -263,6 +291,18 @@ def test_passing_page_has_the_numbers(pages: dict[str, str]) -> None:
         "abababababab",
     ):
         assert expected in text
+
+
+def test_engines_page_says_what_is_in_them_and_how_fast(pages: dict[str, str]) -> None:
+    page = html.unescape(pages["engines"])
+    assert "vq-plugin in TensorRT 10.3.0 for Orin: fp16, 274 MiB; 211 layers read back from the engine itself" in page
+    assert "by plugins: VQGatherScatter (half)" in page
+    assert page.count("by plugins: none") == 2
+    assert "The decode step runs at 1.35× to 1.52× the speed of the same with the full softmax head." in page
+    summary = rp.render_summary(with_engines())
+    assert "- engine: dense in TensorRT 10.3.0 for Orin" in summary
+    assert "- speed of engines: the decode step runs at 1.35× to 1.52×" in summary
+    assert "Engines" not in pages["passing"]
 
 
 def test_failing_page_lists_the_failures(pages: dict[str, str]) -> None:

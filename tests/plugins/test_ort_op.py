@@ -98,8 +98,14 @@ def test_op_computes_the_definition(native_library, m, k, v, rows, bias, dtype, 
     logits = session.run(None, {"scores": scores.astype(np.float16 if dtype == "float16" else np.float32)})[0]
     answer, weight = _expected(scores, codes, extra)
     assert logits.shape == answer.shape
-    # M + 1 terms summed in float32, then one rounding to T (of a value that may have moved up by the first error).
-    bound = m * 2.0**-24 * weight + 2.0 ** -TYPES[dtype][1] * np.abs(answer) * (1 + 2.0**-20) + 2.0**-25
+    summed = m * weight  # M roundings of float32, in units of 2^-24
+    if m >= 8 and k <= 256:
+        # Fixed point (plugins/kernels/cpu/isa.h): 1.25 steps of the widest span a codebook, three roundings at the end.
+        books = scores.astype(np.float64).reshape(*lead, m, k)
+        span, peak = np.ptp(books, axis=-1).max(-1), np.abs(books).max(-1).sum(-1)
+        summed = np.maximum(summed, (1.25 * m * span + 3 * peak)[..., None] + 3 * weight)
+    # Then one rounding to T, of a value that may have moved up by the first error.
+    bound = 2.0**-24 * summed + 2.0 ** -TYPES[dtype][1] * np.abs(answer) * (1 + 2.0**-20) + 2.0**-25
     assert (np.abs(logits.astype(np.float64) - answer) <= bound).all()
 
 
@@ -121,6 +127,20 @@ def test_sessions_share_the_library(native_library):
     scores = np.arange(14, dtype=np.float32)[None]
     for c, session in zip(codes, sessions, strict=True):
         np.testing.assert_array_equal(session.run(None, {"scores": scores})[0][0], (c + np.array([0, 7])).sum(1))
+
+
+@pytest.mark.parametrize(("m", "rows"), [(1, 40), (16, 1), (16, 9)])
+def test_a_large_head_is_shared_out_to_the_sessions_threads(native_library, m, rows):
+    """Enough look-ups for several parts; how they are cut must not show."""
+    rng = np.random.default_rng(m + rows)
+    codes = rng.integers(0, 256, (20011, m)).astype(np.int32)
+    scores = rng.standard_normal((rows, m * 256)).astype(np.float32)
+    one, two = (_session(_graph(codes), native_library("vq_ort"), threads=n) for n in (1, 2))
+    logits = one.run(None, {"scores": scores})[0]
+    np.testing.assert_array_equal(two.run(None, {"scores": scores})[0], logits)
+    answer, _ = _expected(scores, codes, None)
+    # Each of m terms, at most the largest score, rounds once in float32 or takes 1.25 steps of its span in fixed point.
+    assert (np.abs(logits - answer) <= 4 * m * 2.0**-24 * np.abs(scores).max()).all()
 
 
 CODES = np.array([[0, 1], [2, 0], [1, 2]], np.int32)
