@@ -94,6 +94,13 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
                 f"node {node.name}: its codes go up to {int(ids.max())} in shape {list(ids.shape)}, expected [V, M] below 65536"
             )
             continue
+        num_codes = _num_codes(node, ids.shape[1])
+        if num_codes is not None and int(ids.max()) >= num_codes:
+            refusals.append(
+                f"node {node.name}: its codes go up to {int(ids.max())}, but {contract.GATHER_SCATTER_INPUTS[0]} has {num_codes} "
+                "codes a codebook"
+            )
+            continue
         bits = contract.code_bits(int(ids.max()) + 1)
         packed = ir.val(
             f"{codes.name}.packed{bits}",
@@ -117,6 +124,13 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
     model.functions.pop((contract.DOMAIN, contract.GATHER_SCATTER, ""), None)
     RemoveUnusedFunctionsPass()(model)
     return Rewrite(len(nodes) - len(refusals), tuple(refusals))
+
+
+def _num_codes(node: ir.Node, num_codebooks: int) -> int | None:
+    """K, where the graph says the last dimension of the code logits."""
+    scores = node.inputs[0]
+    width = scores.shape[-1] if scores is not None and scores.shape is not None else None
+    return width // num_codebooks if isinstance(width, int) else None
 
 
 def pack_codes(codes: NDArray[np.integer], bits: int) -> NDArray[np.int32]:

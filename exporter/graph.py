@@ -426,6 +426,10 @@ def _vq_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> 
         books = _constant(graph, "lm_head.codebook", head.codebook.reshape(m * k, width).T)  # [D, M*K]
         code_logits = op.op("MatMul", [hidden, books])  # [.., M*K]
     code_logits.name = "code_logits"
+    # Told, because inference does not see through the product head's reshapes: with K known, codes are held to it.
+    assert books.const_value is not None
+    code_logits.type = ir.TensorType(books.const_value.dtype)
+    code_logits.shape = ir.Shape([None, None, m * k])  # [B, S, M*K]
     inputs = [code_logits, _constant(graph, "lm_head.codes", head.codes)]
     if head.bias is not None:
         inputs.append(_constant(graph, "lm_head.bias", head.bias))

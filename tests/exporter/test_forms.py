@@ -117,6 +117,18 @@ def test_plugin_form_refuses_codes_that_no_id_width_fits():
         convert(head_graph(head, "vq"), "plugin")
 
 
+@pytest.mark.parametrize("kind", contract.KINDS)
+def test_plugin_form_refuses_codes_beyond_the_codebook(kind):
+    """A plugin sees the ids on the GPU only, where one too large would be read out of bounds."""
+    head = tiny_head(kind, 24, 31)
+    head.codes[7, 0] = head.spec.num_codes
+    k = head.spec.num_codes
+    with pytest.raises(
+        UserError, match=rf"node lm_head: its codes go up to {k}, but code_logits has {k} codes a codebook"
+    ):
+        convert(head_graph(head, "vq"), "plugin")
+
+
 def test_plugin_form_refuses_codes_that_are_not_constant():
     model = head_graph(tiny_head("single", 8, 11), "vq")
     (node,) = [n for n in model.graph if n.op_type == contract.GATHER_SCATTER]
