@@ -19,8 +19,9 @@ from export_vq.progress import Progress
 from export_vq.records import BenchReport, EngineArtifact
 from export_vq.trt import TensorRT, find_tensorrt
 from export_vq.trt_runner import TrtRunner
+from export_vq.workloads import STOCK
 
-RUNNERS = {"vq-plugin": "vq", "vq-plain": "vq, stock ops", "dense": "dense"}
+RUNNERS = {"vq-plugin": "vq", "vq-plain": STOCK, "dense": "dense"}
 """Engine kind -> what its timings are called, as those of ONNX Runtime are."""
 
 
@@ -63,9 +64,7 @@ def bench_engines(
         runs = {}
         for kind in engines:
             runner = stack.enter_context(TrtRunner(sidecar(folder, here, kind), cuda_graph=True))
-            start = runner.infer(feeds.prefill(runner.signature, ids, np.ones_like(ids)))
-            mask = np.ones((1, ids.shape[1] + 1), np.int64)
-            runs[RUNNERS[kind]] = _step(runner, feeds.step(runner.signature, ids[:, -1:], mask, start))
+            runs[RUNNERS[kind]] = _step(runner, feeds.first_step(runner, ids))
         assert here.gpu is not None
         return run_benchmark(
             [Workload("decode step", 1, runs)],

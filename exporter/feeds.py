@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,21 @@ class Runner(Protocol):
         ...
 
 
+class Closing:
+    """`with runner:` frees what the runner holds at the end."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what the runner holds; it cannot run after."""
+
+
 def prefill(signature: Signature, input_ids: Array, mask: Array) -> Feeds:
     """The first call: all tokens of the prompts, an empty cache.
 
@@ -59,6 +75,13 @@ def step(signature: Signature, input_ids: Array, mask: Array, outputs: Feeds) ->
         name.replace("present.", "past_key_values."): a for name, a in outputs.items() if name.startswith("present.")
     }
     return _with_positions(signature, input_ids, mask) | past
+
+
+def first_step(runner: Runner, input_ids: Array) -> Feeds:
+    """Feeds of the decode step that repeats the last token after a prompt int64 [1, S] went through the KV cache."""
+    start = runner.infer(prefill(runner.signature, input_ids, np.ones_like(input_ids)))
+    mask = np.ones((1, input_ids.shape[1] + 1), np.int64)
+    return step(runner.signature, input_ids[:, -1:], mask, start)
 
 
 def _with_positions(signature: Signature, input_ids: Array, mask: Array) -> Feeds:

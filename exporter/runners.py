@@ -10,7 +10,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import nn
 
 from export_vq import contract
 from export_vq.errors import CheckFailed, UserError
-from export_vq.feeds import Feeds, Signature
+from export_vq.feeds import Closing, Feeds, Signature
 from export_vq.load import LoadedModel, convert
 from export_vq.plugins.library import Library, find
 from export_vq.records import OnnxArtifact
@@ -33,22 +32,7 @@ _NUMPY: dict[torch.dtype, type[np.floating[Any]]] = {
 }
 
 
-class _Context:
-    """`with runner:` frees what it holds at the end."""
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free what the runner holds; it cannot run after."""
-
-
-class TorchRunner(_Context):
+class TorchRunner(Closing):
     """The PyTorch model: the reference. In float64 it is the oracle of the half-precision checks.
 
     Norms that an architecture always computes in float32 stay so in the oracle: its error is that of float32 at most,
@@ -87,7 +71,7 @@ class TorchRunner(_Context):
         self._model = None
 
 
-class OrtRunner(_Context):
+class OrtRunner(Closing):
     """ONNX Runtime on a file. Our native kernels take the head over where they are built; without them stock ops run it.
 
     Attributes:

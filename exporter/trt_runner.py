@@ -7,7 +7,6 @@ host; `infer` takes and returns numpy arrays, bfloat16 as float32, for checks an
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export_vq.errors import UserError
-from export_vq.feeds import Feeds, Signature
+from export_vq.feeds import Closing, Feeds, Signature
 from export_vq.plan import LoadedEngine, load_engine
 from export_vq.profiles import choose_profile
 from export_vq.records import EngineArtifact
@@ -39,7 +38,7 @@ def signature_of_engine(artifact: EngineArtifact) -> Signature:
     return Signature(artifact.cache_shapes, "position_ids" in artifact.input_names, cache_dtype)
 
 
-class TrtRunner:
+class TrtRunner(Closing):
     """One engine, one stream, one execution context per profile. Not for several threads at once."""
 
     def __init__(self, sidecar: Path, *, plugin: Path | None = None, cuda_graph: bool = False) -> None:
@@ -71,14 +70,6 @@ class TrtRunner:
         self._cuda_graph = cuda_graph
         self._last: _Key | None = None
         self._captured: tuple[_Key, torch.cuda.CUDAGraph, dict[str, Tensor], dict[str, Tensor]] | None = None
-
-    def __enter__(self) -> TrtRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def infer(self, feeds: Feeds) -> Feeds:
         """Named numpy arrays in, named numpy arrays out."""

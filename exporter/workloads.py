@@ -54,9 +54,7 @@ def head_inputs(head: VQHead, batch: int) -> feeds.Feeds:
 
 def step_workload(named: dict[str, OrtRunner], ids: np.ndarray[Any, np.dtype[np.int64]]) -> Workload:
     """One decode step after a prompt `ids` int64 [1, S] went through the KV cache."""
-    start = {k: r.infer(feeds.prefill(r.signature, ids, np.ones_like(ids))) for k, r in named.items()}
-    mask = np.ones((1, ids.shape[1] + 1), np.int64)
-    steps = {k: feeds.step(r.signature, ids[:, -1:], mask, start[k]) for k, r in named.items()}
+    steps = {name: feeds.first_step(runner, ids) for name, runner in named.items()}
     return Workload("decode step", 1, bound(named, steps))
 
 

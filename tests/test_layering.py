@@ -63,7 +63,9 @@ MAY_IMPORT = {
     },
     "plan": {"errors", "files", "plugins.library", "records", "trt"},
     "trt_runner": {"errors", "feeds", "plan", "profiles", "records", "trt"},
-    "engine_steps": {"bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner"},
+    "engine_steps": {
+        "bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner", "workloads",
+    },
     "pipeline": {
         "bench", "bundle", "compress", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
         "parity", "progress", "records", "report", "require", "runners", "steps", "text", "trt_runner", "workloads",

@@ -49,7 +49,7 @@ OrtStatusPtr GatherScatterCudaKernel::ComputeV2(OrtKernelContext* raw) noexcept 
               "launching the kernel");
         return nullptr;
     } catch (const std::exception& error) {
-        return Ort::Status((std::string(contract::kGatherScatter) + ": " + error.what()).c_str(), ORT_FAIL).release();
+        return Failure(error, ORT_FAIL);
     }
 }
 

@@ -121,7 +121,7 @@ OrtStatusPtr GatherScatterKernel::ComputeV2(OrtKernelContext* raw) noexcept {
                      constants_.type(), parallel, Cores());
         return nullptr;
     } catch (const std::exception& error) {
-        return Ort::Status((std::string(contract::kGatherScatter) + ": " + error.what()).c_str(), ORT_FAIL).release();
+        return Failure(error, ORT_FAIL);
     }
 }
 

@@ -17,6 +17,11 @@ namespace vq::ort {
 // The lowest API version that has all that is used here: ONNX Runtime 1.22.
 inline constexpr uint32_t kApiVersion = 22;
 
+// What went wrong, named after the op, in the form that ONNX Runtime takes.
+inline OrtStatusPtr Failure(const std::exception& error, OrtErrorCode code) {
+    return Ort::Status((std::string(contract::kGatherScatter) + ": " + error.what()).c_str(), code).release();
+}
+
 // The node's constants, checked. Throws Ort::Exception with one sentence when they cannot be a head.
 class Constants {
 public:
@@ -74,8 +79,7 @@ struct GatherScatterOpBase : Ort::CustomOpBase<Op, Kernel, true> {
             *kernel = new Kernel(info);
             return nullptr;
         } catch (const std::exception& error) {
-            return Ort::Status((std::string(contract::kGatherScatter) + ": " + error.what()).c_str(), ORT_INVALID_GRAPH)
-                .release();
+            return Failure(error, ORT_INVALID_GRAPH);
         }
     }
 

@@ -80,32 +80,12 @@ void OneRow(const float* tables, const Block& block, float* sums) {
     }
 }
 
-void WidenAvx512(const void* in, Type type, int64_t count, float* out) {
-    if (type == Type::kBFloat16) return Widen(in, type, count, out);
-    const auto* halves = static_cast<const uint16_t*>(in);
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i))));
-    }
-    for (; i < count; ++i) out[i] = FloatFromFloat16(halves[i]);
-}
-
-void NarrowAvx512(const float* in, Type type, int64_t count, void* out) {
-    if (type == Type::kBFloat16) return Narrow(in, type, count, out);
-    auto* halves = static_cast<uint16_t*>(out);
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves + i),
-                            _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-    for (; i < count; ++i) halves[i] = Float16FromFloat(in[i]);
-}
-
 }  // namespace
 
+// Whoever has AVX-512 has AVX2, and its conversions of halves serve here too.
 const Kernels& Avx512Kernels() {
-    static constexpr Kernels kKernels{OneRow, EightRows, Interleave, WidenAvx512, NarrowAvx512};
-    return kKernels;
+    static const Kernels kernels{OneRow, EightRows, Interleave, Avx2Kernels().widen, Avx2Kernels().narrow};
+    return kernels;
 }
 
 }  // namespace vq::cpu
