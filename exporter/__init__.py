@@ -26,6 +26,12 @@ _HOME = {
     "check_parity": "parity",
     "run_benchmark": "bench",
     "compress_model": "compress",
+    "finetune": "compress.finetune",
+    "FinetuneOptions": "compress.finetune",
+    "quality_report": "compress.frontier",
+    "trim_vocabulary": "compress.trim",
+    "tie_embedding": "load",
+    "VQEmbedding": "embedding",
     "CompressOptions": "compress",
     "run_pipeline": "pipeline",
     "RunOptions": "pipeline",
@@ -38,6 +44,7 @@ __all__ = [
     "CompressOptions",
     "EngineOptions",
     "ExportOptions",
+    "FinetuneOptions",
     "HeadSpec",
     "LoadedModel",
     "OrtRunner",
@@ -45,27 +52,36 @@ __all__ = [
     "TorchRunner",
     "TrtRunner",
     "UserError",
+    "VQEmbedding",
     "VQHead",
     "build_engine",
     "check_parity",
     "compress_model",
     "export_onnx",
+    "finetune",
     "load_dense",
     "load_engine",
     "load_model",
+    "quality_report",
     "run_benchmark",
     "run_pipeline",
     "save_model",
+    "tie_embedding",
+    "trim_vocabulary",
 ]
 
 if TYPE_CHECKING:
     from export_vq.bench import run_benchmark
     from export_vq.compress import CompressOptions, compress_model
+    from export_vq.compress.finetune import FinetuneOptions, finetune
+    from export_vq.compress.frontier import quality_report
+    from export_vq.compress.trim import trim_vocabulary
+    from export_vq.embedding import VQEmbedding
     from export_vq.engine import EngineOptions, build_engine
     from export_vq.errors import CheckFailed, UserError
     from export_vq.graph import ExportOptions, export_onnx
     from export_vq.head import VQHead
-    from export_vq.load import LoadedModel, load_dense, load_model, save_model
+    from export_vq.load import LoadedModel, load_dense, load_model, save_model, tie_embedding
     from export_vq.parity import check_parity
     from export_vq.pipeline import RunOptions, run_pipeline
     from export_vq.plan import load_engine

@@ -3,6 +3,8 @@
 `model.pt` is a dict: `format` "vq-logits", `version` 1, `config` (the Hugging Face config as a dict with a `vq_logits`
 section), `state_dict` (backbone under its Hugging Face names, head as `lm_head.codebook [M, K, D or D/M]`,
 `lm_head.codes [V, M]`, `lm_head.bias [V]`, `lm_head.rotation [D, D]`), optional `tokenizer` (file name -> text).
+Codes may have any integer type of 8 to 64 bits. Where the section says `tie_embedding: true` (default false), the input
+embedding is no tensor of its own: its rows are those of the head's dense twin.
 A folder holds the same as `config.json`, `*.safetensors` and the tokenizer's files.
 
 Data, never code: tensors come from safetensors or `torch.load(weights_only=True)`. What a file says is checked here as

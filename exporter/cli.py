@@ -244,52 +244,113 @@ def check(model: Path, folder: Path, text: Path | None, positions: int, threads:
     help="model.pt, or a folder for Hugging Face form.",
 )
 @click.option(
-    "--kind", type=click.Choice(["product", "single"]), default="product", show_default=True, help="Head kind."
+    "--kind",
+    type=click.Choice(["product", "single", "additive"]),
+    default="product",
+    show_default=True,
+    help="Head kind.",
 )
 @click.option(
     "--num-codebooks",
     type=click.IntRange(1),
-    help="M of a product head; default: the largest divisor of hidden_size up to a quarter of it.",
+    help="M: code ids a token; default: the largest divisor of hidden_size up to a quarter of it, 8 for additive.",
 )
+@click.option("--num-codes", type=click.IntRange(1, 65536), help="K, codes per codebook; default: 256, 512 for single.")
 @click.option(
-    "--num-codes", type=click.IntRange(1, 65536), default=256, show_default=True, help="K, codes per codebook."
+    "--assign",
+    type=click.Choice(["random", "contiguous", "frequency", "kmeans", "weighted", "activation", "private"]),
+    default="private",
+    show_default=True,
+    help="Map of a single head that tuning starts from.",
 )
+@click.option("--balanced", is_flag=True, help="Single heads: no code has more than its share of tokens.")
 @click.option("--bias/--no-bias", default=True, show_default=True, help="A bias per token.")
+@click.option("--rotation/--no-rotation", default=True, show_default=True, help="Product heads: rotated coordinates.")
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(256),
-    default=32768,
+    default=131072,
     show_default=True,
     help="How much of the text to run through the model.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the clustering.")
-def compress(
-    model: Path,
-    text: Path,
-    output: Path,
-    kind: str,
-    num_codebooks: int | None,
-    num_codes: int,
-    bias: bool,
-    calibration_tokens: int,
-    seed: int,
-) -> None:
+@click.option(
+    "--tune-tokens",
+    type=click.IntRange(0),
+    default=393216,
+    show_default=True,
+    help="Positions that tuning looks at, the same ones several times where the text is shorter; 0: no tuning.",
+)
+@click.option(
+    "--keep-tokens",
+    metavar="N|script:NAME|FILE",
+    help="Trim the vocabulary first: the N most frequent tokens of the text, those of a script such as script:latin, or "
+    "those that a file lists.",
+)
+@click.option("--tie-embedding", is_flag=True, help="Read the input embedding from the head: smaller on disk.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of clustering and tuning.")
+def compress(model: Path, text: Path, output: Path, **chosen: Any) -> None:
     """Make a VQ-Logits model out of MODEL, a causal language model as a Hugging Face folder or a GGUF file."""
     from export_vq.compress import CompressOptions
     from export_vq.steps import compress_step
 
-    options = CompressOptions(
-        kind=kind,
-        num_codebooks=num_codebooks,
-        num_codes=num_codes,
-        bias=bias,
-        seed=seed,
-        calibration_tokens=calibration_tokens,
-    )
-    spec = compress_step(model, text, output, options, Steps())
+    spec = compress_step(model, text, output, CompressOptions(**chosen), Steps())
     click.echo(
         f"{output}: {spec.kind} head, M={spec.num_codebooks}, K={spec.num_codes}, {spec.head_bytes() / 2**20:.1f} MiB in fp16, "
         f"{spec.head_bytes() / spec.dense_bytes():.1%} of the dense head's {spec.dense_bytes() / 2**20:.1f} MiB"
+    )
+
+
+@cli.command()
+@_MODEL
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The dense original, as a folder or GGUF file.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="UTF-8 text, or a folder of .txt files, to tune on; a sixteenth of it is held out to judge by.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("tuned.pt"), show_default=True, help="The result."
+)
+@click.option(
+    "--parts",
+    type=click.Choice(["last-layers", "lora", "all"]),
+    default="last-layers",
+    show_default=True,
+    help="What is tuned besides the head.",
+)
+@click.option("--last-layers", type=click.IntRange(0), default=2, show_default=True, help="Decoder layers to tune.")
+@click.option("--lora-rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of LoRA's additions.")
+@click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Optimiser steps.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks of 256 tokens a step.")
+@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of the backbone.")
+@click.option("--head-learning-rate", type=float, default=1e-3, show_default=True, help="Of the head.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="bf16: products in bfloat16, for GPUs and CPUs that have units for it.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the text.")
+def tune(model: Path, teacher: Path, text: Path, output: Path, **chosen: Any) -> None:
+    """Tune the VQ-Logits MODEL end to end towards its dense original; a run that was stopped goes on when repeated.
+
+    Several GPUs: accelerate launch -m export_vq.cli tune ...
+    """
+    from export_vq.compress.finetune_records import FinetuneOptions
+    from export_vq.steps import tune_step
+
+    options = FinetuneOptions(**chosen, micro_batch_size=min(8, chosen["batch_size"]))
+    report = tune_step(model, teacher, text, output, options, Steps())
+    click.echo(
+        f"{output}: perplexity {report.perplexity_before:.2f} -> {report.perplexity_after:.2f} on the held-out part, "
+        f"{report.trained_numbers:,} numbers trained on {report.tokens:,} tokens"
     )
 
 
@@ -334,13 +395,17 @@ def inspect(path: Path, text: Path | None, as_json: bool) -> None:
         ),
         ("model bytes", f"{mib(found.model_bytes)} against {mib(found.dense_model_bytes)} with the dense head"),
     ]
-    if found.tied_embedding:
+    if spec.tie_embedding:
+        rows.append(("tied", "the input embedding is read from the head's own codes and codebooks"))
+    elif found.tied_embedding:
         rows.append(
             (
                 "tied",
                 "the input embedding stays dense, so nothing is saved on disk; bandwidth and time of the output layer are",
             )
         )
+    if found.dead_codes is not None:
+        rows.append(("unused codes", f"{found.dead_codes:,} of {spec.num_codebooks * spec.num_codes:,}"))
     if found.floor is not None:
         rows.append(("perplexity floor", f"{found.floor:.3f} on this text: no training of this mapping can go below"))
     rows += [("note", note) for note in found.notes]

@@ -4,7 +4,8 @@ portable  the `VQGatherScatter` node plus a model-local function of the same nam
           runtimes inline the body, runtimes with the native kernel registered use that.
 plain     the function inlined: standard ops only.
 plugin    the function dropped, `plugin_namespace`, `plugin_version`, `code_bits` and `vocab_size` set, the code ids
-          packed into int32 words: what TensorRT's parser needs to pick the plugin on every version from 10.0.
+          packed into int32 words: what TensorRT's parser needs to pick the plugin on every version from 10.0. An embedding
+          tied to the head reads its ids out of the same words.
 
 Each rewrite reports how many nodes it changed, and where it refused, why.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir import tape
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedOpsetsPass
 
 from export_vq import contract
@@ -119,11 +121,40 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
                 )
             }
         )
+        for reader in [user for user, _ in codes.uses() if (user.domain, user.op_type) == ("", "Gather")]:
+            _gather_packed(model.graph, reader, packed, bits)
         if not codes.uses():
             model.graph.initializers.pop(str(codes.name))
     model.functions.pop((contract.DOMAIN, contract.GATHER_SCATTER, ""), None)
     RemoveUnusedFunctionsPass()(model)
     return Rewrite(len(nodes) - len(refusals), tuple(refusals))
+
+
+def _gather_packed(graph: ir.Graph, gather: ir.Node, packed: ir.Value, bits: int) -> None:
+    """Replace Gather(codes [V, M], tokens [B, S]) by arithmetic on the packed words: still int32 [B, S, M].
+
+    Token v is digit v mod n of word v div n, with n digits of `bits` bits a word. Words are signed, so a digit is what is
+    left of the word once the lower digits are taken away, modulo the base: ONNX's Mod of integers is never negative here.
+    """
+    tokens = gather.inputs[1]
+    assert tokens is not None
+    digits = 32 // bits
+    op = tape.Tape()
+
+    def constant(name: str, numbers: NDArray[np.integer]) -> ir.Value:
+        value = ir.val(f"{packed.name}.{name}", const_value=ir.tensor(numbers, name=f"{packed.name}.{name}"))
+        graph.register_initializer(value)
+        return value
+
+    units = constant("units", (1 << bits * np.arange(digits)).astype(np.int32))
+    n = constant("digits", np.array(digits, np.int64))
+    base = constant("base", np.array(1 << bits, np.int32))
+    words = op.op("Gather", [packed, op.op("Div", [tokens, n])], {"axis": 1})  # [M, B, S]
+    unit = op.op("Gather", [units, op.op("Mod", [tokens, n])])  # [B, S]
+    upper = op.op("Div", [op.op("Sub", [words, op.op("Mod", [words, unit])]), unit])
+    ids = op.op("Transpose", [op.op("Mod", [upper, base])], {"perm": [1, 2, 0]})
+    ir.convenience.replace_nodes_and_values(graph, gather, [gather], op.nodes, list(gather.outputs), [ids])
+    ids.shape, ids.dtype = gather.outputs[0].shape, ir.DataType.INT32
 
 
 def _num_codes(node: ir.Node, num_codebooks: int) -> int | None:

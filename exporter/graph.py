@@ -12,8 +12,8 @@ present.{i}.key / .value, i < L           T     [batch_size, num_key_value_heads
 ========================================= ===== ==============================================================
 
 total_sequence_length = past_sequence_length + sequence_length; a prefill passes a past of length 0. The backbone is
-traced once with a placeholder where the head stands; the VQ head and the dense head are then built in its place, so
-that the two graphs differ in nothing else.
+traced once with a placeholder where the head stands, and one for the input embedding where that is tied to it; the VQ
+and the dense layers are then built in their places (layers.py), so that the two graphs differ in nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir import tape
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
@@ -45,7 +44,8 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
-from export_vq import contract, forms
+from export_vq import contract, forms, layers
+from export_vq.embedding import VQEmbedding
 from export_vq.errors import UserError
 from export_vq.files import free_bytes, sha256, whole
 from export_vq.head import VQHead
@@ -58,8 +58,6 @@ EXTERNAL_DATA_BYTES = 100 << 20
 DEFAULT_OPSET = 20
 METADATA_KEY = f"{contract.DOMAIN}.artifact"
 """Model metadata: the artifact record as JSON, so that the file alone says what it is."""
-
-_PLACEHOLDER = "Head"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> di
     trace = _trace(model, head, cache_shapes, dtype, options.opset)
     for kind, name in (("vq", "model.onnx"), ("dense", "dense.onnx")):
         graph = trace.clone() if kind == "vq" else trace
-        _attach(graph, head, kind)
+        layers.attach(graph, head, kind)
         if kind == "vq":
             forms.convert(graph, options.form)
         artifact = OnnxArtifact(
@@ -137,14 +135,14 @@ def head_graph(head: VQHead, kind: str, *, opset: int = DEFAULT_OPSET) -> ir.Mod
     """
     dtype = ir.DataType[str(head.codebook.dtype).removeprefix("torch.").replace("float32", "float").upper()]
     hidden = ir.val("hidden_states", dtype, ["rows", 1, head.spec.hidden_size])
-    placeholder = ir.node(_PLACEHOLDER, [hidden], domain=contract.DOMAIN)
+    placeholder = ir.node(layers.HEAD, [hidden], domain=contract.DOMAIN)
     output = placeholder.outputs[0]
     output.name, output.dtype, output.shape = "logits", dtype, ir.Shape(["rows", 1, head.spec.vocab_size])
     graph = ir.Graph(
         [hidden], [output], nodes=[placeholder], opset_imports={"": opset, contract.DOMAIN: 1}, name="head"
     )
     model = ir.Model(graph, ir_version=10, producer_name="export-vq")
-    _attach(model, head, kind)
+    layers.attach(model, head, kind)
     if kind == "vq":
         forms.convert(model, "portable")
     return model
@@ -195,7 +193,8 @@ def _check_room(loaded: LoadedModel, folder: Path, options: ExportOptions) -> No
     """Refuse before the long trace what cannot fit on the disk."""
     backbone = sum(p.numel() for n, p in loaded.model.named_parameters() if not n.startswith(contract.HEAD_PREFIX))
     width = TORCH_DTYPES[options.dtype].itemsize
-    need = (2 * backbone + loaded.spec.dense_numbers + loaded.spec.float_numbers) * width + 4 * loaded.spec.vocab_size
+    spec = loaded.spec
+    need = (2 * backbone + spec.dense_numbers + spec.float_numbers) * width + 4 * spec.vocab_size * spec.num_codebooks
     if free_bytes(folder) < need:
         raise UserError(
             f"{folder}: {free_bytes(folder) >> 20} MiB free, {need >> 20} MiB needed for both graphs; choose another disk with -o"
@@ -205,7 +204,7 @@ def _check_room(loaded: LoadedModel, folder: Path, options: ExportOptions) -> No
 # --------------------------------------------------------------------------------------------------------- tracing
 
 
-class _Placeholder(nn.Module):
+class _HeadPlaceholder(nn.Module):
     """Stands where the head stood: one node, hidden states in, logits out, to be built over later."""
 
     def __init__(self, head: VQHead) -> None:
@@ -216,7 +215,18 @@ class _Placeholder(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         shape = (*hidden.shape[:-1], self.vocab_size)
         return torch.onnx.ops.symbolic(
-            f"{contract.DOMAIN}::{_PLACEHOLDER}", (hidden,), dtype=hidden.dtype, shape=shape, version=contract.VERSION
+            f"{contract.DOMAIN}::{layers.HEAD}", (hidden,), dtype=hidden.dtype, shape=shape, version=contract.VERSION
+        )
+
+
+class _RowsPlaceholder(VQEmbedding):
+    """Stands where a tied embedding stood: one node, token ids in, rows out; the scale is traced behind it."""
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        shape = (*tokens.shape, self.head.spec.hidden_size)
+        dtype = self.head.codebook.dtype
+        return torch.onnx.ops.symbolic(
+            f"{contract.DOMAIN}::{layers.ROWS}", (tokens,), dtype=dtype, shape=shape, version=contract.VERSION
         )
 
 
@@ -260,7 +270,7 @@ def _cache_shapes(model: nn.Module) -> tuple[tuple[int, int], ...]:
 def _trace(
     model: nn.Module, head: VQHead, cache_shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, opset: int
 ) -> ir.Model:
-    """The backbone with a placeholder head, optimised, with the names of the module docstring."""
+    """The backbone between its placeholders, optimised, with the names of the module docstring."""
     batch, sequence, past = 2, 3, 5  # any sizes above 1 that differ: sizes 0 and 1 are special to the tracer
     positions = torch.arange(past, past + sequence).repeat(batch, 1) if takes_position_ids(model) else None
     inputs = (
@@ -276,8 +286,11 @@ def _trace(
     both = {0: free, 1: free}
     layer = {0: free, 2: free}
     shapes = (both, both, None if positions is None else both, [(layer, layer)] * len(cache_shapes))
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
     try:
-        model.set_output_embeddings(_Placeholder(head))  # type: ignore[operator]
+        model.set_output_embeddings(_HeadPlaceholder(head))  # type: ignore[operator]
+        if isinstance(embedding, VQEmbedding):
+            model.set_input_embeddings(_RowsPlaceholder(head, embedding.scale))  # type: ignore[operator]
         with torch.no_grad(), _quiet():
             program = torch.export.export(_Backbone(model), inputs, dynamic_shapes=shapes, strict=False)
             exported = torch.onnx.export(
@@ -285,6 +298,7 @@ def _trace(
             )
     finally:
         model.set_output_embeddings(head)  # type: ignore[operator]
+        model.set_input_embeddings(embedding)  # type: ignore[operator]
     assert exported is not None
     graph = exported.model
     _simplify(graph)
@@ -367,77 +381,3 @@ def _new_dim(dim: int | ir.SymbolicDim, renamed: dict[str, str]) -> int | str | 
         return dim
     # Other expressions of the tracer's symbols are scratch sizes nobody needs a name for.
     return renamed.get(str(dim.value))
-
-
-# ----------------------------------------------------------------------------------------------------- the heads
-
-
-def _attach(model: ir.Model, head: VQHead, kind: str) -> None:
-    """Build the VQ head or its dense twin where the placeholder stands."""
-    placeholder = next(n for n in model.graph if (n.domain, n.op_type) == (contract.DOMAIN, _PLACEHOLDER))
-    hidden, logits = placeholder.inputs[0], placeholder.outputs[0]
-    assert hidden is not None
-    op = tape.Tape()
-    built = _vq_head(op, model.graph, hidden, head) if kind == "vq" else _dense_head(op, model.graph, hidden, head)
-    ir.convenience.replace_nodes_and_values(model.graph, placeholder, [placeholder], op.nodes, [logits], [built])
-    built.name = logits.name if logits.name == "logits" else "head_logits"
-    built.shape, built.type = logits.shape, logits.type
-    if kind == "dense":
-        model.graph.opset_imports.pop(contract.DOMAIN, None)
-    else:
-        model.graph.opset_imports[contract.DOMAIN] = contract.VERSION
-    RemoveUnusedNodesPass()(model)
-
-
-def _constant(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name))
-    graph.register_initializer(value)
-    return value
-
-
-def _ints(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    return _constant(graph, f"lm_head.{name}", torch.tensor(numbers, dtype=torch.int64))
-
-
-def _dense_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> ir.Value:
-    twin = head.dense_twin()
-    logits = op.op("MatMul", [hidden, _constant(graph, "lm_head.weight", twin.weight.T)])  # [.., V]
-    return logits if head.bias is None else op.op("Add", [logits, _constant(graph, "lm_head.bias", twin.bias)])
-
-
-def _vq_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> ir.Value:
-    m, k, width = head.spec.codebook_shape
-    if head.spec.kind == "product":
-        if head.rotation is not None:
-            hidden = op.op("MatMul", [hidden, _constant(graph, "lm_head.rotation", head.rotation)])  # [.., D]
-        lead = op.op("Shape", [hidden], {"start": 0, "end": -1})
-        rows = op.op("Flatten", [hidden], {"axis": -1})  # [rows, D]
-        slices = op.op("Reshape", [rows, _ints(graph, "slices", [0, m, width])])  # [rows, M, D/M]
-        books = _constant(graph, "lm_head.codebook", head.codebook.transpose(1, 2))  # [M, D/M, K]
-        turned = op.op("Transpose", [slices], {"perm": [1, 0, 2]})  # [M, rows, D/M]
-        # The reshape changes nothing, but keeps ONNX Runtime (1.31) from fusing the transpose into the product: its fused
-        # kernel divides by zero on an empty batch.
-        apart = op.op("Reshape", [turned, _ints(graph, "turned", [m, 0, width])])
-        scores = op.op("MatMul", [apart, books])  # [M, rows, K]
-        flat = op.op("Reshape", [op.op("Transpose", [scores], {"perm": [1, 0, 2]}), _ints(graph, "flat", [0, m * k])])
-        shape = op.op("Concat", [lead, _ints(graph, "width", [m * k])], {"axis": 0})
-        code_logits = op.op("Reshape", [flat, shape], {"allowzero": 1})  # [.., M*K]
-    else:
-        books = _constant(graph, "lm_head.codebook", head.codebook.reshape(m * k, width).T)  # [D, M*K]
-        code_logits = op.op("MatMul", [hidden, books])  # [.., M*K]
-    code_logits.name = "code_logits"
-    # Told, because inference does not see through the product head's reshapes: with K known, codes are held to it.
-    assert books.const_value is not None
-    code_logits.type = ir.TensorType(books.const_value.dtype)
-    code_logits.shape = ir.Shape([None, None, m * k])  # [B, S, M*K]
-    inputs = [code_logits, _constant(graph, "lm_head.codes", head.codes)]
-    if head.bias is not None:
-        inputs.append(_constant(graph, "lm_head.bias", head.bias))
-    return op.op(
-        contract.GATHER_SCATTER,
-        inputs,
-        {contract.NUM_CODEBOOKS: m},
-        domain=contract.DOMAIN,
-        version=contract.VERSION,
-        name="lm_head",
-    )

@@ -121,6 +121,12 @@ class VQHead(nn.Module):
         """The codebook, under the name by which callers ask an output layer for its dtype and device."""
         return self.codebook
 
+    @property
+    def dead_codes(self) -> int:
+        """How many of the M * K codes no token uses."""
+        used = sum(len(ids.unique()) for ids in self.codes.T)
+        return self.spec.num_codebooks * self.spec.num_codes - used
+
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [.., D] -> code logits [.., M*K], in the head's dtype."""
         m, k, width = self.spec.codebook_shape
@@ -136,17 +142,26 @@ class VQHead(nn.Module):
         """Hidden states [.., D] -> logits [.., V]."""
         return gather_scatter(self.code_logits(hidden), self.codes, self.bias)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [..] -> the dense twin's rows [.., D], in the head's dtype; gradients reach codebook and rotation."""
+        return self._vectors(self.codes[tokens], torch.float64).to(self.codebook.dtype)
+
+    @torch.no_grad()
     def token_vectors(self, tokens: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
-        """Rows of the dense twin's weight for some tokens: [n, D] in `dtype`, summed in `dtype`."""
-        m = self.spec.num_codebooks
-        codes = self.codes[tokens].long()  # [n, M]
-        books = self.codebook.detach().to(dtype)
-        parts = [books[i][codes[:, i]] for i in range(m)]  # M x [n, D or D/M]
-        if self.spec.kind != "product":
-            return torch.stack(parts).sum(0)
-        rows = torch.cat(parts, dim=1)
+        """Rows of the dense twin's weight for some tokens: [n, D] in `dtype`, summed in `dtype`, without gradient."""
+        return self._vectors(self.codes[tokens], dtype)
+
+    def _vectors(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Code ids [.., M] -> the vectors [.., D] that they stand for, summed in `dtype`."""
+        m, k, width = self.spec.codebook_shape
+        entries = codes + k * torch.arange(m, dtype=codes.dtype, device=codes.device)  # [.., M]
+        table = self.codebook.reshape(m * k, width).to(dtype)
+        if self.spec.kind == "additive":
+            rows = F.embedding_bag(entries.reshape(-1, m), table, mode="sum")
+            return rows.reshape(*codes.shape[:-1], width)
+        rows = F.embedding(entries, table).flatten(-2)
         # y = (h R) . c = h . (R c): the twin's rows are turned back by R.
-        return rows if self.rotation is None else rows @ self.rotation.detach().to(dtype).T
+        return rows if self.rotation is None else rows @ self.rotation.to(dtype).T
 
     def dense_twin(self) -> nn.Linear:
         """The ordinary full-softmax layer that is the same function, in the head's dtype (rows summed in float64)."""

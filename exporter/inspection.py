@@ -28,6 +28,8 @@ class Inspection(Record):
     tied_embedding: bool
     floor: float | None = None
     """Lowest perplexity any training could reach with this mapping on the given text."""
+    dead_codes: int | None = None
+    """Codes of a checkpoint's head that no token uses, of M * K."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -45,8 +47,10 @@ class Inspection(Record):
 
     @property
     def dense_model_bytes(self) -> int:
-        """The whole model with the full-softmax head; where that was tied to the input embedding it costs nothing."""
+        """The whole model with dense layers at both ends; where the original tied them, its head costs nothing."""
         backbone = self.model_bytes - self.head_bytes
+        if self.spec.tie_embedding:  # this model has no embedding of its own, a dense one has
+            backbone += self.spec.vocab_size * self.spec.hidden_size * _WIDTH[self.dtype]
         return backbone + (0 if self.tied_embedding else self.dense_head_bytes)
 
 
@@ -106,6 +110,7 @@ def _inspect_checkpoint(path: Path, text: Path | None) -> Inspection:
         numbers=sum(p.numel() for p in loaded.model.parameters()),
         tied_embedding=loaded.tied_embedding,
         floor=floor,
+        dead_codes=None if loaded.head is None else loaded.head.dead_codes,
         notes=loaded.notes,
     )
 

@@ -7,6 +7,8 @@ later step has to.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from export_vq import contract
 from export_vq.checkpoint import TOKENIZER_FILES, read_checkpoint, read_json, tokenizer_files, write_checkpoint
+from export_vq.embedding import VQEmbedding
 from export_vq.errors import UserError
 from export_vq.files import sha256
 from export_vq.head import VQHead
@@ -26,6 +29,7 @@ from export_vq.validate import (
     TESTED_MODEL_TYPES,
     check_backbone,
     check_config,
+    check_embedding,
     check_finite,
     check_head,
     check_model_type,
@@ -36,7 +40,19 @@ from export_vq.validate import (
     recognise,
 )
 
-__all__ = ["TESTED_MODEL_TYPES", "TOKENIZER_FILES", "LoadedModel", "convert", "load_dense", "load_model", "save_model"]
+__all__ = [
+    "TESTED_MODEL_TYPES",
+    "TOKENIZER_FILES",
+    "LoadedModel",
+    "convert",
+    "load_dense",
+    "load_model",
+    "save_model",
+    "tie_embedding",
+]
+
+_CODE_DTYPES = {8: torch.uint8, 16: torch.uint16, 32: torch.int32}
+"""Type of the code ids in a file, by their width in bits."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class LoadedModel:
     """A causal LM ready to run: validated, on the CPU, in eval mode.
 
     `model` is the transformers module; its output layer is a `VQHead` (`head`), or the dense layer of an ordinary model
-    when `head` is None. `config` is the Hugging Face config as a dict, `tokenizer_files` maps file names to text.
+    when `head` is None; its input embedding is a `VQEmbedding` of that head where `spec.tie_embedding`. `config` is the Hugging Face config as a dict, `tokenizer_files` maps file names to text.
     """
 
     model: nn.Module
@@ -61,7 +77,7 @@ class LoadedModel:
 
     @property
     def tied_embedding(self) -> bool:
-        """The dense original shared its output layer with the input embedding, which stays dense."""
+        """The dense original shared its output layer with the input embedding; `spec` says what this model's is."""
         if "tie_word_embeddings" in self.config:
             return bool(self.config["tie_word_embeddings"])
         from transformers import AutoConfig
@@ -217,6 +233,11 @@ def _build(
             "accepts; correct the config"
         ) from error
     model.set_output_embeddings(head)
+    embedding = model.get_input_embeddings()
+    name = next(n for n, module in model.named_modules() if module is embedding)
+    check_embedding(path, head.spec, f"{name}.weight", embedding.weight.shape, backbone)
+    if head.spec.tie_embedding:
+        _tie(str(path), model, head)
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(contract.HEAD_PREFIX)}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     check_backbone(path, config["model_type"], wanted, backbone, ignored, dtype)
@@ -225,6 +246,38 @@ def _build(
             value.copy_(backbone[name])
     convert(model, dtype)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def tie_embedding(loaded: LoadedModel) -> LoadedModel:
+    """The same VQ-Logits model with its input rows read from the head's codes and codebooks, untuned.
+
+    Everything but the old embedding is copied: training the result leaves `loaded` alone.
+
+    Raises:
+        UserError: this is an ordinary model, or its embedding does not have the head's sizes.
+    """
+    if loaded.spec.tie_embedding:
+        return loaded
+    weight = loaded.model.get_input_embeddings().weight  # type: ignore[operator]
+    model = copy.deepcopy(loaded.model, {id(weight): weight})
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    head.spec = dataclasses.replace(head.spec, tie_embedding=True)
+    _tie(loaded.source, model, head)
+    config = {**loaded.config, contract.CONFIG_SECTION: head.spec.section}
+    return dataclasses.replace(loaded, model=model, head=head, config=config)
+
+
+def _tie(source: str, model: Any, head: VQHead) -> None:
+    """Replace a model's input embedding, in place."""
+    old = model.get_input_embeddings()
+    found, expected = list(old.weight.shape), [head.spec.vocab_size, head.spec.hidden_size]
+    if found != expected:
+        raise UserError(
+            f"{source}: the input embedding is {found}, expected {expected} like the head, whose rows it is to share; "
+            "leave the embedding of this model untied"
+        )
+    # Only Gemma's embedding has a scale: its rows come out multiplied by the square root of D.
+    model.set_input_embeddings(VQEmbedding(head, getattr(old, "embed_scale", None)))
 
 
 def convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -244,13 +297,16 @@ def convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def save_model(loaded: LoadedModel, path: Path) -> None:
     """Write a VQ-Logits checkpoint: `model.pt` where the name ends in .pt, else a Hugging Face folder.
 
+    Code ids take 8, 16 or 32 bits each, as K needs.
+
     Raises:
         UserError: the model has no VQ head, or the place cannot be written.
     """
     spec = loaded.spec
-    section = {name: getattr(spec, name) for name in ("kind", "num_codebooks", "num_codes", "has_bias", "has_rotation")}
-    config = {**_plain(loaded.config), contract.CONFIG_SECTION: section}
+    config = {**_plain(loaded.config), contract.CONFIG_SECTION: spec.section}
     tensors = {name: value.detach().contiguous() for name, value in loaded.model.state_dict().items()}
+    codes = f"{contract.HEAD_PREFIX}codes"
+    tensors[codes] = tensors[codes].to(_CODE_DTYPES[contract.code_bits(spec.num_codes)])
     # The same storage must not be written twice, nor a row of a larger one.
     tensors = {
         name: value.clone() if value.untyped_storage().nbytes() != value.nbytes else value

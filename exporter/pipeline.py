@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from export_vq import parity
 from export_vq.bench import device_name, run_benchmark
 from export_vq.bundle import Bundle
+from export_vq.compress.frontier import continuations, quality_report
 from export_vq.compress.quality import measure_gap
 from export_vq.engine_steps import bench_engines, make_engines, sidecar
 from export_vq.errors import UserError
@@ -35,6 +37,7 @@ from export_vq.records import (
     ModelGap,
     OnnxArtifact,
     ParityReport,
+    QualityReport,
     RunReport,
 )
 from export_vq.report import render_html
@@ -105,6 +108,12 @@ class _Run:
             return load_model(self.path)
 
     @cached_property
+    def baseline(self) -> LoadedModel:
+        assert self.options.baseline is not None
+        with self.progress.step("load baseline"):
+            return load_dense(self.options.baseline)
+
+    @cached_property
     def text(self) -> str | None:
         return None if self.options.text is None else read_text(self.options.text)
 
@@ -156,7 +165,7 @@ class _Run:
                 "write", {**key, "prompt": options.prompt}, Continuation, lambda _: self._write(artifacts["vq"])
             )
         engines, engine_checks, engine_bench = self._engines(key)
-        gap = self._gap(key)
+        gap, quality = self._gap(key)
         report = RunReport(
             model=self.path.name,
             model_type=artifacts["vq"].model_type,
@@ -167,6 +176,7 @@ class _Run:
             artifacts=tuple(artifacts.values()),
             parity=(*checks, *engine_checks),
             gap=gap,
+            quality=quality,
             bench=bench,
             prompt=written.prompt,
             continuation=written.text,
@@ -185,6 +195,8 @@ class _Run:
     ) -> Any:
         def made() -> Any:
             _ = self.loaded  # its own step, not part of this one's time
+            if name in ("model gap", "quality"):
+                _ = self.baseline
             with self.progress.step(name) as tell:
                 return make(lambda fraction: tell(name, fraction))
 
@@ -310,23 +322,32 @@ class _Run:
             made = list(generate(runner, prompt, 32, ends))
         return Continuation(self.options.prompt, str(tokenizer.decode(made)))
 
-    def _gap(self, key: dict[str, Any]) -> ModelGap | None:
+    def _gap(self, key: dict[str, Any]) -> tuple[ModelGap | None, QualityReport | None]:
+        """What the VQ head costs against the dense original, and what INT8 and INT4 would cost instead."""
         options = self.options
         if options.baseline is None or options.text is None:
             missing = " and ".join(f"--{n} {n.upper()}" for n in ("baseline", "text") if getattr(options, n) is None)
             self.not_done.append(f"model gap: what the VQ head costs against the dense original; give {missing}")
-            return None
-        baseline, text = options.baseline, options.text
+            return None, None
+        name, text = options.baseline.name, options.text
+
+        def blocks() -> torch.Tensor:
+            width = min(GAP_BLOCK, self.loaded.max_positions)
+            return torch.from_numpy(self._blocks(width, options.gap_tokens // width))
 
         def measure(tell: Callable[[float], None]) -> ModelGap:
-            dense = load_dense(baseline)
-            width = min(GAP_BLOCK, self.loaded.max_positions)
-            blocks = torch.from_numpy(self._blocks(width, options.gap_tokens // width))
-            return measure_gap(dense, self.loaded, blocks, baseline=baseline.name, text=text.name, progress=tell)
+            return measure_gap(self.baseline, self.loaded, blocks(), baseline=name, text=text.name, progress=tell)
 
-        gap_key = {**key, "baseline": sha256(baseline), "tokens": options.gap_tokens}
+        def judge(tell: Callable[[float], None]) -> QualityReport:
+            models = {"this model": self.loaded}
+            report = quality_report(self.baseline, models, {text.name: blocks()}, progress=lambda _, part: tell(part))
+            samples = continuations({"dense": self.baseline, **models}, (options.prompt,), 32)
+            return dataclasses.replace(report, samples=samples)
+
+        gap_key = {**key, "baseline": sha256(options.baseline), "tokens": options.gap_tokens}
         gap: ModelGap = self._step("model gap", gap_key, ModelGap, measure)
-        return gap
+        quality: QualityReport = self._step("quality", {**gap_key, "prompt": options.prompt}, QualityReport, judge)
+        return gap, quality
 
     def _total_numbers(self, artifact: OnnxArtifact) -> int:
         """Parameters of the whole VQ model, read from the graph's weights."""

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from export_vq.records import RunReport, Timing
-from export_vq.wording import allowed_error, head_parts, number, share, size
+from export_vq.records import QualityReport, RunReport, Timing
+from export_vq.wording import allowed_error, frontier, head_parts, number, share, size
 
 ACCENT, SOFT, GREY, INK, ALARM = "#0f766e", "#7cc4bb", "#a3abb5", "#1f2933", "#b42318"
 _STYLE: Any = {
@@ -26,11 +26,21 @@ _STYLE: Any = {
     "text.color": INK,
     "font.size": 12,
     "xtick.color": "#52606d",
+    "ytick.color": "#52606d",
     "axes.labelcolor": "#52606d",
     "axes.edgecolor": "#cbd2d9",
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+KIND_STYLES = {
+    "product": (ACCENT, "o"),
+    "additive": ("#7c3aed", "D"),
+    "single": ("#c2710c", "^"),
+    "int8": ("#64748b", "s"),
+    "int4": ("#64748b", "v"),
+    "dense": ("#64748b", "p"),
+}
+"""Colour and marker of each kind of output layer: told apart without colours too, and seen on white and on black."""
 _LABEL_INCHES, _BAR_INCHES, _GAP_INCHES, _AXIS_INCHES = 0.25, 0.21, 0.13, 0.55
 
 
@@ -46,19 +56,33 @@ _Rows = Sequence[tuple[str, Sequence[_Bar]]]
 
 def plot(name: str, label: str, report: RunReport) -> str:
     """The plot as an inline SVG that scales with its box; its ids begin with `name`, so they are unique in the page."""
-    stream = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.7, 3.2), layout="constrained")
-        figure.patch.set_visible(False)
-        _DRAW[name](figure, report)
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = stream.getvalue()
+    svg = _svg(lambda figure: _DRAW[name](figure, report), opaque=False)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg[svg.index("<svg") :], count=1, flags=re.S)
     view = re.search(r'viewBox="([^"]*)"', svg)
     attributes = f'role="img" aria-label="{html.escape(label)}" viewBox="{view and view.group(1)}"'
     body = re.sub(r'<(\w+) id="', rf'<\1 id="{name}-', svg[svg.index(">") + 1 :])
     body = body.replace('xlink:href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     return f"<svg {attributes}>{body}"
+
+
+def frontier_svg(quality: QualityReport, against: str) -> str:
+    """The frontier as an SVG file of its own, on white, so that a page of any colour can show it.
+
+    Args:
+        quality: what was measured.
+        against: 'bytes' of the head, or its 'time'.
+    """
+    return _svg(lambda figure: _draw_frontier(figure, quality, against), opaque=True)
+
+
+def _svg(draw: Callable[[Figure], None], *, opaque: bool) -> str:
+    stream = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.7, 3.2), layout="constrained")
+        figure.patch.set_visible(opaque)
+        draw(figure)
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return stream.getvalue()
 
 
 def _draw_bars(figure: Figure, panels: Sequence[tuple[str, _Rows]], log_above: float = math.inf) -> None:
@@ -171,6 +195,51 @@ def _draw_errors(figure: Figure, report: RunReport) -> None:
         figure.legend(loc="outside upper left", frameon=False)
 
 
+def _draw_frontier(figure: Figure, quality: QualityReport, against: str) -> None:
+    """Every output layer as a point, and a line along those that nothing beats in both directions."""
+    figure.set_figheight(4.2)
+    ax = figure.subplots()
+    points = frontier(quality, against)
+    for kind in [kind for kind in KIND_STYLES if any(point.head.kind == kind for point in points)]:
+        color, marker = KIND_STYLES[kind]
+        mine = [point for point in points if point.head.kind == kind]
+        x, y = [p.x for p in mine], [100 * p.increase for p in mine]
+        ax.plot(x, y, marker, color=color, markersize=8, markeredgecolor="white", markeredgewidth=0.7, label=kind)
+    best = [point for point in points if point.best]
+    # A step: between two heads there is none, and the smaller one is what one gets.
+    ax.step([p.x for p in best], [100 * p.increase for p in best], where="post", color=INK, linewidth=1, alpha=0.5)
+    ax.set_xscale("log")
+    ax.set_xlabel(
+        "bytes, % of the fp16 head, log scale" if against == "bytes" else "time of the head alone, ms, log scale"
+    )
+    ax.set_ylabel("perplexity increase, %")
+    # Straight up to 1 %, so that heads as good as the dense one, and better ones, have a place.
+    ax.set_yscale("symlog", linthresh=1.0, linscale=0.4)
+    lowest, highest = (limit(100 * point.increase for point in points) for limit in (min, max)) if points else (0, 1)
+    decades = range(math.ceil(math.log10(max(highest, -lowest, 1))) + 1)
+    ticks = [factor * 10.0**n for n in decades for factor in (1, 3)]
+    ax.yaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0.0, *ticks]))
+    ax.set_ylim(min(-0.3, 1.5 * lowest), max(1.0, 1.6 * highest))
+    values = [point.x for point in points]
+    span = max(values) / min(values) if points else 1.0
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_locator(NullLocator())
+    ax.grid(color="#94a3b8", alpha=0.25, linewidth=0.7)
+    ax.set_axisbelow(True)
+    if points:
+        figure.legend(loc="outside upper left", frameon=False, ncols=3, handletextpad=0.2, columnspacing=1.2)
+
+
+def _of_quality(against: str) -> Callable[[Figure, RunReport], None]:
+    def draw(figure: Figure, report: RunReport) -> None:
+        assert report.quality is not None
+        _draw_frontier(figure, report.quality, against)
+
+    return draw
+
+
 def _short(name: str, length: int = 38) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
@@ -180,4 +249,6 @@ _DRAW: dict[str, Callable[[Figure, RunReport], None]] = {
     "errors": _draw_errors,
     "agreement": _draw_agreement,
     "bytes": _draw_bytes,
+    "frontier-bytes": _of_quality("bytes"),
+    "frontier-time": _of_quality("time"),
 }

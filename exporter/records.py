@@ -70,7 +70,8 @@ def _revive(hint: Any, value: Any) -> Any:
 class HeadSpec(Record):
     """The shape of a VQ-Logits head.
 
-    kind 'single' has codebook [1, K, D], 'product' [M, K, D/M], 'additive' [M, K, D].
+    kind 'single' has codebook [1, K, D], 'product' [M, K, D/M], 'additive' [M, K, D]. With `tie_embedding` the model's
+    input embedding is the head's dense twin, its rows read from the same codes and codebooks.
     """
 
     kind: str
@@ -80,6 +81,14 @@ class HeadSpec(Record):
     num_codes: int
     has_bias: bool = False
     has_rotation: bool = False
+    tie_embedding: bool = False
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The `vq_logits` section of a checkpoint's config; `tie_embedding` is left out where it is false, its default."""
+        names = ("kind", "num_codebooks", "num_codes", "has_bias", "has_rotation")
+        section = {name: getattr(self, name) for name in names}
+        return {**section, "tie_embedding": True} if self.tie_embedding else section
 
     @property
     def codebook_shape(self) -> tuple[int, int, int]:
@@ -136,7 +145,7 @@ class OnnxArtifact(Record):
     file_sha256: dict[str, str]
     versions: dict[str, str]
     tied_embedding: bool = False
-    """The dense original shared its output layer with the input embedding, which stays dense."""
+    """The dense original shared its output layer with the input embedding; `spec` says what the VQ model's is."""
     notes: tuple[str, ...] = ()
     external_data_bytes: int = 0
     """Weights above this were to go to a .data file."""
@@ -345,6 +354,87 @@ class Continuation(Record):
 
 
 @dataclass(frozen=True)
+class TextQuality(Record):
+    """One output layer on one text, against the dense model at the same positions: those that have a next token.
+
+    KL in nats of the dense distribution from this one; agreements are fractions of positions under the tie rule (top-5:
+    how much of the two sets of five is common). `floor` is the lowest perplexity that any training could reach on this
+    text with the head's mapping of tokens to codes, 1 where every token has a vector of its own.
+    """
+
+    text: str
+    positions: int
+    perplexity: float
+    perplexity_dense: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    top5_agreement: float
+    floor: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative: 0.1 is ten percent worse than the dense model."""
+        return self.perplexity / self.perplexity_dense - 1
+
+
+@dataclass(frozen=True)
+class HeadQuality(Record):
+    """What an output layer costs and what it takes.
+
+    `kind` is 'single', 'product' or 'additive' (then `spec` has the sizes), 'dense', 'int8' or 'int4'. `float_numbers` are
+    the floating-point parameters: integers, be they code ids or quantised weights, count in the bytes only. `num_bytes`
+    is everything, floating-point numbers in fp16; `dense_bytes` is what the dense layer takes. `total` pools the `texts`
+    by their positions. `dead_codes` are those that no token uses, of M * K. `method` and `seed` say how the head was
+    made, `head_ms` how long it runs alone, where that is known.
+    """
+
+    name: str
+    kind: str
+    float_numbers: int
+    num_bytes: int
+    dense_bytes: int
+    total: TextQuality
+    texts: tuple[TextQuality, ...]
+    spec: HeadSpec | None = None
+    dead_codes: int | None = None
+    method: str = ""
+    seed: int | None = None
+    head_ms: float | None = None
+
+    @property
+    def bytes_share(self) -> float:
+        """Of the dense layer's bytes."""
+        return self.num_bytes / self.dense_bytes
+
+
+@dataclass(frozen=True)
+class Sample(Record):
+    """What several models write after the same prompt, greedily: model name -> text."""
+
+    prompt: str
+    texts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class QualityReport(Record):
+    """Output layers of several kinds and sizes, held against the same dense model on the same held-out texts.
+
+    `dense` names that model; `block` is how many tokens it saw together, so a position has less context than that.
+    """
+
+    dense: str
+    block: int
+    heads: tuple[HeadQuality, ...]
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Judged positions of each text."""
+        return {text.text: text.positions for text in self.heads[0].texts} if self.heads else {}
+
+
+@dataclass(frozen=True)
 class RunReport(Record):
     """Everything one run of the main job found: report.json."""
 
@@ -366,6 +456,7 @@ class RunReport(Record):
     versions: dict[str, str] = field(default_factory=dict)
     engines: tuple[EngineArtifact, ...] = ()
     engine_bench: BenchReport | None = None
+    quality: QualityReport | None = None
 
     def __bool__(self) -> bool:
         return all(self.parity)

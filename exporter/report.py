@@ -5,19 +5,26 @@ The page needs nothing but itself: styles are in it, plots are inline SVG, there
 
 from __future__ import annotations
 
+import re
+
 import jinja2
 
 from export_vq.plots import plot
-from export_vq.records import RunReport
+from export_vq.records import QualityReport, RunReport
 from export_vq.wording import (
     allowed_error,
     change,
     engine_sentence,
     error_quantile,
+    frontier,
     head_parts,
     headline_speedup,
     number,
     printable,
+    quality_by_text,
+    quality_groups,
+    quality_sentence,
+    quality_table,
     share,
     size,
     size_sentence,
@@ -38,7 +45,7 @@ def render_html(report: RunReport) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    formats = (number, share, change, size, times, printable)
+    formats = (number, share, change, size, times, printable, frontier)
     environment.filters.update({function.__name__: function for function in formats})
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -53,6 +60,10 @@ def render_html(report: RunReport) -> str:
         parts=head_parts(report.spec),
         quantile=error_quantile,
         allowed=allowed_error,
+        quality_groups=quality_groups,
+        quality_table=quality_table,
+        quality_by_text=quality_by_text,
+        quality_sentence=quality_sentence,
         plot=lambda name, label: plot(name, label, report),
     )
 
@@ -88,3 +99,30 @@ def render_summary(report: RunReport) -> str:
         lines.append(f"- the model writes: {report.prompt}|{report.continuation}")
     lines += [f"- not done: {item}" for item in report.not_done]
     return "\n".join(printable(line) for line in lines) + "\n"
+
+
+def quality_markdown(quality: QualityReport) -> str:
+    """The quality report as Markdown: a table for each kind of output layer, one by text, the samples."""
+    groups = quality_groups(quality)
+    lines = [_cell(quality_sentence(quality))]
+    for title, heads in groups.items():
+        lines += ["", f"### {title}", "", *_markdown_table(quality_table(heads))]
+    everything = [head for heads in groups.values() for head in heads]
+    lines += ["", "### By text", "", *_markdown_table(quality_by_text(everything))]
+    for i, sample in enumerate(quality.samples):
+        rows = [["output layer", "writes"], *([name, text] for name, text in sample.texts.items())]
+        lines += [*(["", "### What they write"] if i == 0 else []), "", f"> {_cell(sample.prompt)}", ""]
+        lines += _markdown_table(rows)
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    """The first row is the header; numbers stand to the right."""
+    text = ("output layer", "method", "writes")
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+    return [lines[0], "|" + "|".join("---" if name in text else "---:" for name in rows[0]) + "|", *lines[1:]]
+
+
+def _cell(text: str) -> str:
+    """Text that stays text and stays in its cell."""
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", printable(text))

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from export_vq.bundle import Bundle
 from export_vq.compress import CompressOptions, compress_model
+from export_vq.compress.finetune_records import FinetuneOptions, FinetuneReport
 from export_vq.errors import UserError
 from export_vq.files import sha256, write_text
 from export_vq.graph import ExportOptions, export_onnx
-from export_vq.load import LoadedModel, load_dense, save_model
+from export_vq.load import LoadedModel, load_dense, load_model, save_model
 from export_vq.progress import Progress
 from export_vq.records import Compressed, HeadSpec, OnnxArtifact
-from export_vq.text import read_text
+from export_vq.text import read_text, token_blocks
 
+TUNE_BLOCK = 256
+HOLD_OUT_EVERY = 16
+MOST_HELD_OUT = 32
+"""Blocks that tuning is judged by: each costs a run of both models at every look."""
 _EXPORTERS = ("export-vq", "torch", "transformers", "onnx", "onnxscript")
 """Packages whose version shapes an exported graph."""
 
@@ -30,7 +38,8 @@ def compress_step(model: Path, text: Path, output: Path, options: CompressOption
     Args:
         model: Hugging Face folder or GGUF file.
         text: UTF-8 text file or folder.
-        output: model.pt or a folder; `<output>.json` beside it records what it was made from.
+        output: model.pt or a folder; `<output>.json` beside it records what it was made from. A run that is stopped leaves
+            what is done in a hidden folder beside it, and the same call goes on from there.
         options: see CompressOptions.
         progress: told of every step.
 
@@ -43,6 +52,8 @@ def compress_step(model: Path, text: Path, output: Path, options: CompressOption
             f"{model}: no such file or folder; give a causal language model as a Hugging Face folder or GGUF file"
         )
     made_from = (sha256(model), hashlib.sha256(words.encode()).hexdigest(), asdict(options), version("export-vq"))
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    unfinished = output.with_name(f".{output.name}.{key}.unfinished")
     record = output.with_name(output.name + ".json")
     if record.is_file() and output.exists():
         kept = Compressed.load(record)
@@ -51,14 +62,55 @@ def compress_step(model: Path, text: Path, output: Path, options: CompressOption
         ):
             progress.skipped("compress")
             return kept.spec
+    for other in output.parent.glob(f".{output.name}.*.unfinished"):
+        if other != unfinished:
+            shutil.rmtree(other, ignore_errors=True)
     with progress.step("load"):
         dense = load_dense(model)
     with progress.step("compress") as tell:
-        vq = compress_model(dense, words, options, tell)
+        vq = compress_model(dense, words, options, tell, unfinished=unfinished)
     with progress.step("save"):
         save_model(vq, output)
     Compressed(*made_from, spec=vq.spec, sha256=sha256(output)).save(record)
     return vq.spec
+
+
+def tune_step(
+    model: Path, teacher: Path, text: Path, output: Path, options: FinetuneOptions, progress: Progress
+) -> FinetuneReport:
+    """Tune a VQ-Logits checkpoint end to end and write it, with `<output>.json` beside it: what was done.
+
+    Args:
+        model: VQ-Logits model.pt or folder.
+        teacher: the dense original, Hugging Face folder or GGUF file.
+        text: UTF-8 text file or folder; every sixteenth block is held out.
+        output: model.pt or a folder.
+        options: see FinetuneOptions.
+        progress: told of every step.
+
+    Raises:
+        UserError: an input cannot be used.
+    """
+    from export_vq.compress.finetune import finetune
+
+    with progress.step("load"):
+        student, dense = load_model(model), load_dense(teacher)
+    width = min(TUNE_BLOCK, student.max_positions)
+    blocks = token_blocks(student.tokenizer(), read_text(text), width, vocab_size=student.spec.vocab_size)
+    held = torch.arange(len(blocks)) % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2
+    if not bool(held.any()):
+        raise UserError(
+            f"{text}: {len(blocks)} blocks of {width} tokens, at least {HOLD_OUT_EVERY // 2 + 1} were expected, as some are "
+            "held out; give a longer text"
+        )
+    state = output.with_name(f".{output.name}.unfinished")
+    with progress.step("tune") as tell:
+        result = finetune(student, blocks[~held], blocks[held][:MOST_HELD_OUT], options, state, dense, tell)
+    with progress.step("save"):
+        save_model(result.model, output)
+    result.report.save(output.with_name(output.name + ".json"))
+    shutil.rmtree(state, ignore_errors=True)
+    return result.report
 
 
 def export_step(

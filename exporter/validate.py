@@ -46,7 +46,7 @@ def check_config(path: Path, config: dict[str, Any]) -> HeadSpec:
             f"VQ-Logits one; make it with: export-vq compress {path} --text FILE -o model.pt"
         )
     section = mapping(path, where, section)
-    known = {"kind", "num_codebooks", "num_codes", "has_bias", "has_rotation"}
+    known = {"kind", "num_codebooks", "num_codes", "has_bias", "has_rotation", "tie_embedding"}
     for name in sorted(set(map(str, section)) - known):
         raise UserError(f"{path}: {where}.{shown(name)} is unknown; expected {', '.join(sorted(known))}; remove it")
     kind = section.get("kind")
@@ -55,7 +55,7 @@ def check_config(path: Path, config: dict[str, Any]) -> HeadSpec:
             f"{path}: {where}.kind is {shown(kind)}, expected one of {', '.join(contract.KINDS)}; correct the config"
         )
     flags: dict[str, bool] = {}
-    for name in ("has_bias", "has_rotation"):
+    for name in ("has_bias", "has_rotation", "tie_embedding"):
         value = section.get(name, False)
         if not isinstance(value, bool):
             raise UserError(f"{path}: {where}.{name} is {shown(value)}, expected true or false; correct the config")
@@ -221,10 +221,35 @@ def check_head(path: Path, spec: HeadSpec, tensors: Mapping[str, Tensor], dtype:
     floats = {name: tensors[name] for name in expected if name != contract.HEAD_PREFIX + "codes"}
     check_finite(path, floats, dtype)
     parts = {name.removeprefix(contract.HEAD_PREFIX): value.to(dtype) for name, value in floats.items()}
-    return VQHead.from_tensors(spec.kind, parts["codebook"], codes, parts.get("bias"), parts.get("rotation"))
+    head = VQHead.from_tensors(spec.kind, parts["codebook"], codes, parts.get("bias"), parts.get("rotation"))
+    head.spec = spec  # the tensors do not show whether the embedding is tied
+    return head
 
 
 # -------------------------------------------------------------------------------------------------------- backbone
+
+
+def check_embedding(path: Path, spec: HeadSpec, name: str, shape: torch.Size, given: Mapping[str, Tensor]) -> None:
+    """The input embedding is a tensor of its own or tied to the head, and the file agrees with its config on which.
+
+    Args:
+        name, shape: of the network's input embedding.
+        given: the checkpoint's tensors.
+
+    Raises:
+        UserError: the tensor is there although the config ties it, or missing although it does not.
+    """
+    where = f"config.{contract.CONFIG_SECTION}.tie_embedding"
+    if spec.tie_embedding and name in given:
+        raise UserError(
+            f"{path}: tensor {name} is there although {where} is true, expected none, as the rows are read from the head's codes; "
+            f"remove it, or set {where} to false"
+        )
+    if not spec.tie_embedding and name not in given:
+        raise UserError(
+            f"{path}: tensor {name} is missing, expected {list(shape)} as {where} is false; save it, or set {where} to true "
+            "if the model was made so"
+        )
 
 
 def check_backbone(

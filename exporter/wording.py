@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from export_vq.records import BenchReport, EngineArtifact, ErrorStats, HeadSpec, ParityReport, RunReport
+from export_vq.records import (
+    BenchReport,
+    EngineArtifact,
+    ErrorStats,
+    HeadQuality,
+    HeadSpec,
+    ParityReport,
+    QualityReport,
+    RunReport,
+)
 
 
 class Speedup(NamedTuple):
@@ -68,6 +77,94 @@ def _speed_sentence(subject: str, entries: list[Speedup]) -> str:
     return f"{what}: VQ is slower at {', '.join(slow)}; there it does not help."
 
 
+class FrontierPoint(NamedTuple):
+    """An output layer where it stands: `x` is % of the dense bytes, or ms; `best` where no other is as good in both."""
+
+    x: float
+    increase: float
+    best: bool
+    head: HeadQuality
+
+
+def frontier(quality: QualityReport, against: str) -> list[FrontierPoint]:
+    """The output layers that have both numbers, finite ones, by rising x.
+
+    Args:
+        quality: what was measured.
+        against: 'bytes', or 'time' where `head_ms` is known.
+    """
+    places = [(100 * head.bytes_share if against == "bytes" else head.head_ms, head) for head in quality.heads]
+    known = sorted(
+        (
+            (x, head.total.perplexity_increase, head)
+            for x, head in places
+            if x is not None and 0 < x < math.inf and math.isfinite(head.total.perplexity_increase)
+        ),
+        key=lambda point: point[:2],
+    )
+    points: list[FrontierPoint] = []
+    for x, increase, head in known:
+        points.append(FrontierPoint(x, increase, all(increase < point.increase for point in points), head))
+    return points
+
+
+def quality_groups(quality: QualityReport) -> dict[str, list[HeadQuality]]:
+    """The output layers under a title for each kind, those of the dense model first; by falling bytes inside."""
+    titles = {
+        "The dense layer and its integer forms": ("dense", "int8", "int4"),
+        "Single heads": ("single",),
+        "Additive heads": ("additive",),
+        "Product heads": ("product",),
+    }
+    groups = {title: [head for head in quality.heads if head.kind in kinds] for title, kinds in titles.items()}
+    return {title: sorted(heads, key=lambda head: -head.num_bytes) for title, heads in groups.items() if heads}
+
+
+def quality_table(heads: list[HeadQuality]) -> list[list[str]]:
+    """A header and one row an output layer; a column that is empty for all of them is left out."""
+    columns = {
+        "output layer": [head.name for head in heads],
+        "method": [head.method for head in heads],
+        "seed": ["" if head.seed is None else str(head.seed) for head in heads],
+        "M × K": [f"{h.spec.num_codebooks} × {h.spec.num_codes:,}" if h.spec else "" for h in heads],
+        "float numbers": [f"{head.float_numbers:,}" for head in heads],
+        "bytes": [size(head.num_bytes) for head in heads],
+        "of fp16": [share(head.bytes_share) for head in heads],
+        "perplexity": [perplexity(head.total.perplexity) for head in heads],
+        "increase": [change(head.total.perplexity_increase) for head in heads],
+        "floor": [perplexity(head.total.floor) for head in heads],
+        "KL mean": [number(head.total.kl_mean) for head in heads],
+        "KL p99": [number(head.total.kl_p99) for head in heads],
+        "top-1": [share(head.total.top1_agreement) for head in heads],
+        "top-5": [share(head.total.top5_agreement) for head in heads],
+        "dead codes": ["" if head.dead_codes is None else f"{head.dead_codes:,}" for head in heads],
+        "head ms": ["" if head.head_ms is None else number(head.head_ms) for head in heads],
+    }
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    return [list(filled), *(list(row) for row in zip(*filled.values(), strict=True))]
+
+
+def quality_by_text(heads: list[HeadQuality]) -> list[list[str]]:
+    """A header and one row an output layer: perplexity and its increase on each text."""
+    names = [text.text for text in heads[0].texts] if heads else []
+    rows = [
+        [head.name, *(f"{perplexity(text.perplexity)} ({change(text.perplexity_increase)})" for text in head.texts)]
+        for head in heads
+    ]
+    return [["output layer", *names], *rows]
+
+
+def quality_sentence(quality: QualityReport) -> str:
+    """What was measured, on what, and how to read it."""
+    texts = ", ".join(f"{name} ({count:,})" for name, count in quality.positions.items())
+    return (
+        f"Every output layer against that of {quality.dense}, at the same {sum(quality.positions.values()):,} positions of "
+        f"text held out, in blocks of {quality.block:,} tokens: {texts}. Bytes count everything, floating-point numbers in "
+        "fp16; float numbers are floating-point parameters, so code ids and quantised weights count in the bytes only. "
+        "Floor: the lowest perplexity that any training could reach with the head's mapping of tokens to codes."
+    )
+
+
 def engine_sentence(engine: EngineArtifact) -> str:
     """One line on an engine: what it is, and how it is known what computes its head."""
     plugins = [f"{layer.plugin} ({', '.join(dict.fromkeys(layer.output_dtypes))})" for layer in engine.plugin_layers]
@@ -84,13 +181,19 @@ def size_sentence(report: RunReport) -> str:
     spec = report.spec
     dense, vq = spec.dense_bytes(), spec.head_bytes()
     head = f"the head takes {size(vq)} in fp16, {share(vq / dense)} of the full softmax head's {size(dense)}"
+    others = 2 * (report.total_numbers - spec.float_numbers)
+    if spec.tie_embedding:
+        before = others + 2 * spec.vocab_size * spec.hidden_size + (0 if report.tied_embedding else dense)
+        return (
+            f"{head}. The input embedding is read from the same codes, so the whole model goes from {size(before)} to "
+            f"{size(others + vq)}."
+        )
     if report.tied_embedding:
         return (
             f"{head}. The input embedding is that same full matrix and stays dense, so nothing is saved on disk: "
             f"the VQ head comes on top. What shrinks is what each decode step reads for the head."
         )
-    whole = 2 * (report.total_numbers - spec.float_numbers) + dense
-    return f"{head}; the whole model goes from {size(whole)} to {size(whole - dense + vq)}."
+    return f"{head}; the whole model goes from {size(others + dense)} to {size(others + vq)}."
 
 
 def head_parts(spec: HeadSpec) -> dict[str, int]:
@@ -136,6 +239,11 @@ def number(value: float | None) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def perplexity(value: float) -> str:
+    """Digits enough to tell two heads apart: '23.06', '181.3', '1,122'."""
+    return number(value) if not 0 <= value < 1e3 else f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
 def share(value: float) -> str:
     """A fraction as a percentage that says 100 % only when it is all of it."""
     if 0.9999 <= value < 1:
@@ -144,8 +252,9 @@ def share(value: float) -> str:
 
 
 def change(value: float) -> str:
-    """A relative change: '+14.2 %'."""
-    return f"{100 * value:+.1f} %"
+    """A relative change: '+14.2 %', '+0.08 %', '+1,160 %'."""
+    percent = 100 * value
+    return f"{percent:+.1f} %" if 1 <= abs(percent) < 1000 else f"{percent:+,.{0 if abs(percent) >= 1000 else 2}f} %"
 
 
 def size(count: float) -> str:

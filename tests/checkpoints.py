@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from export_vq import contract
 from export_vq.head import VQHead
-from export_vq.load import LoadedModel, save_model
+from export_vq.load import LoadedModel, save_model, tie_embedding
 from export_vq.records import HeadSpec
 
 # ------------------------------------------------------------------------------------------------------ architectures
@@ -112,15 +112,21 @@ def tiny_head(
 
 
 def tiny_model(
-    model_type: str = "llama", kind: str = "product", seed: int = 0, bias: bool = True, rotation: bool = False
+    model_type: str = "llama",
+    kind: str = "product",
+    seed: int = 0,
+    bias: bool = True,
+    rotation: bool = False,
+    tied: bool = False,
 ) -> LoadedModel:
-    """A VQ-Logits model in memory, float32, with a tokenizer. `rotation` is for kind 'product' only."""
+    """A VQ-Logits model in memory, float32, with a tokenizer. `rotation` is for kind 'product' only, `tied` its embedding."""
     config = tiny_config(model_type)
     model = _network(config, seed, tied=False)
     d = config.get("word_embed_proj_dim") or config.get("hidden_size") or config["n_embd"]
     head = tiny_head(kind, d, config["vocab_size"], seed, bias, rotation)
     model.set_output_embeddings(head)  # type: ignore[operator]
-    return LoadedModel(model.eval(), head, config, tiny_tokenizer_files(config["vocab_size"]), "tiny", "")
+    loaded = LoadedModel(model.eval(), head, config, tiny_tokenizer_files(config["vocab_size"]), "tiny", "")
+    return tie_embedding(loaded) if tied else loaded
 
 
 def save_tiny(path: Path, model_type: str = "llama", kind: str = "product", **options: Any) -> LoadedModel:
@@ -185,12 +191,10 @@ class Damage:
 def _sound(kind: str) -> dict[str, Any]:
     """The dict inside a sound model.pt: llama, hidden_size 32, vocab_size 97, with bias, rotated where product."""
     loaded = tiny_model("llama", kind, rotation=kind == "product")
-    spec = loaded.spec
-    fields = ("kind", "num_codebooks", "num_codes", "has_bias", "has_rotation")
     return {
         "format": "vq-logits",
         "version": 1,
-        "config": {**loaded.config, "vq_logits": {name: getattr(spec, name) for name in fields}},
+        "config": {**loaded.config, "vq_logits": loaded.spec.section},
         "state_dict": loaded.model.state_dict(),
         "tokenizer": loaded.tokenizer_files,
     }
@@ -352,7 +356,7 @@ def _scores_of(shape: tuple[int, ...], fill: float = 0.0) -> Callable[[dict[str,
 
 
 _C, _CODES, _BIAS, _ROTATION = (f"{contract.HEAD_PREFIX}{n}" for n in ("codebook", "codes", "bias", "rotation"))
-_NORM = "model.norm.weight"
+_NORM, _EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 _SECTION = f"config.{contract.CONFIG_SECTION}"
 _MEND_CONFIG = "correct the config"
 _MEND_SAVE = "copy or save it again"
@@ -426,6 +430,11 @@ DAMAGES = (
     Damage("num_codes true", _section(num_codes=True), (f"{_SECTION}.num_codes is True", "whole number", _MEND_CONFIG)),
     Damage("num_codebooks missing", _section(num_codebooks=None), (f"{_SECTION}.num_codebooks is missing", "above 0")),
     Damage("has_bias a number", _section(has_bias=1), (f"{_SECTION}.has_bias is 1", "true or false", _MEND_CONFIG)),
+    Damage(
+        "tie_embedding a word",
+        _section(tie_embedding="yes"),
+        (f"{_SECTION}.tie_embedding is 'yes'", "true or false", _MEND_CONFIG),
+    ),
     Damage("single with two codebooks", _section("single", num_codebooks=2), ("num_codebooks is 2", "expected 1")),
     Damage(
         "M not dividing D", _section(num_codebooks=5), ("num_codebooks is 5", "divisor of hidden_size 32", _MEND_CONFIG)
@@ -521,6 +530,16 @@ DAMAGES = (
         "a tensor too many",
         _changed(lambda data: data["state_dict"].update({"model.extra": torch.ones(1)})),
         ("model.extra", "not expected in a llama", "remove it"),
+    ),
+    Damage(
+        "an embedding beside a tied head",
+        _section(tie_embedding=True),
+        (_EMBEDDING, f"{_SECTION}.tie_embedding is true", "expected none", "remove it"),
+    ),
+    Damage(
+        "no embedding",
+        _changed(lambda data: data["state_dict"].pop(_EMBEDDING)),
+        (_EMBEDDING, "missing", "expected [97, 32]", f"{_SECTION}.tie_embedding is false", "save it"),
     ),
     Damage("a shape of another model", _tensor(_NORM, lambda t: t[:7]), (_NORM, "[7]", "expected [32]", "correct")),
     Damage("integers in the backbone", _tensor(_NORM, Tensor.int), (_NORM, "int32", "expected float64", "convert")),

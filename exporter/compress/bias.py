@@ -10,9 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export_vq.compress.statistics import ROWS, OutputLayer
+from export_vq.compress.statistics import OutputLayer, Statistics
+from export_vq.head import VQHead
 
 BIAS_STEPS = 3
+SAMPLE = 4096
+"""Positions that a bias is fitted on."""
+ROWS = 256
+"""Positions whose V logits are held together: 50 MB at V = 49152."""
+
+
+def with_bias(head: VQHead, layer: OutputLayer, stats: Statistics) -> VQHead:
+    """The same head with a bias float32 [V]: first so that no logit is wrong on average, then so that mean probabilities agree."""
+    twin = head.token_vectors(dtype=torch.float32)
+    start = mean_error_bias(layer, twin, stats.mean)
+    bias = matched_bias(layer, twin, start, stats.hidden[stats.sample(SAMPLE)])
+    rotation = None if head.rotation is None else head.rotation.detach()
+    return VQHead.from_tensors(head.spec.kind, head.codebook.detach(), head.codes, bias, rotation)
 
 
 def mean_error_bias(layer: OutputLayer, twin: Tensor, mean: Tensor) -> Tensor:

@@ -85,9 +85,24 @@ def mapping_floor(head: VQHead, token_ids: Tensor) -> float:
     Returns:
         exp of the mean, at least 1.
     """
-    _, group = torch.unique(head.codes, dim=0, return_inverse=True)  # [V]
+    return float(token_costs(head)[token_ids.flatten().long()].mean().exp())
+
+
+def token_groups(head: VQHead) -> tuple[Tensor, Tensor]:
+    """Tokens that share all codes: the group of each token, int64 [V], and one token of each group, int64 [groups]."""
+    _, group = torch.unique(head.codes, dim=0, return_inverse=True)
+    members = torch.empty(int(group.max()) + 1, dtype=torch.long)
+    members[group] = torch.arange(len(group))
+    return group, members
+
+
+def token_costs(head: VQHead, group: Tensor | None = None) -> Tensor:
+    """What each token costs a model that always knows its group: -ln p(v | group of v), float64 [V].
+
+    `group` is that of `token_groups`, where the caller has it already: sorting V rows of codes takes a while.
+    """
+    group = token_groups(head)[0] if group is None else group
     bias = torch.zeros(len(group), dtype=torch.float64) if head.bias is None else head.bias.detach().double()
     peak = torch.full((int(group.max()) + 1,), -torch.inf, dtype=torch.float64).scatter_reduce(0, group, bias, "amax")
     mass = torch.zeros_like(peak).index_add(0, group, (bias - peak[group]).exp())
-    cost = mass.log()[group] + peak[group] - bias  # -ln p(v | group of v)
-    return float(cost[token_ids.flatten().long()].mean().exp())
+    return mass.log()[group] + peak[group] - bias

