@@ -45,6 +45,10 @@ def weighted_kmeans(
         return exact
     if start is None:
         start = _start(points, weights, num_codes, np.random.default_rng(seed))
+    width = points.shape[1]
+    # faiss has slow code for one and two dimensions (fifteen times slower than for three); a dimension of zeros is none.
+    spare = ((0, 0), (0, max(0, 3 - width)))
+    points, start = (np.ascontiguousarray(np.pad(x, spare)) for x in (points, start))
     kmeans = faiss.Kmeans(
         points.shape[1],
         num_codes,
@@ -56,7 +60,7 @@ def weighted_kmeans(
     scaled = weights * (len(weights) / weights.sum())  # float32 holds them well around 1
     kmeans.train(points, weights=scaled.astype(np.float32), init_centroids=start)
     assert kmeans.centroids is not None
-    return kmeans.centroids, kmeans.assign(points)[1].astype(np.int64)
+    return kmeans.centroids[:, :width], kmeans.assign(points)[1].astype(np.int64)
 
 
 def _few_distinct(points: Floats, num_codes: int) -> tuple[Floats, NDArray[np.int64]] | None:
