@@ -26,10 +26,10 @@ _HOME = {
     "check_parity": "parity",
     "run_benchmark": "bench",
     "compress_model": "compress",
-    "finetune": "compress.finetune",
-    "FinetuneOptions": "compress.finetune",
-    "quality_report": "compress.frontier",
-    "trim_vocabulary": "compress.trim",
+    "finetune": "tuning",
+    "FinetuneOptions": "tuning",
+    "quality_report": "quality",
+    "trim_vocabulary": "trim",
     "tie_embedding": "load",
     "VQEmbedding": "embedding",
     "CompressOptions": "compress",
@@ -73,9 +73,6 @@ __all__ = [
 if TYPE_CHECKING:
     from export_vq.bench import run_benchmark
     from export_vq.compress import CompressOptions, compress_model
-    from export_vq.compress.finetune import FinetuneOptions, finetune
-    from export_vq.compress.frontier import quality_report
-    from export_vq.compress.trim import trim_vocabulary
     from export_vq.embedding import VQEmbedding
     from export_vq.engine import EngineOptions, build_engine
     from export_vq.errors import CheckFailed, UserError
@@ -85,9 +82,12 @@ if TYPE_CHECKING:
     from export_vq.parity import check_parity
     from export_vq.pipeline import RunOptions, run_pipeline
     from export_vq.plan import load_engine
+    from export_vq.quality import quality_report
     from export_vq.records import HeadSpec
     from export_vq.runners import OrtRunner, TorchRunner
+    from export_vq.trim import trim_vocabulary
     from export_vq.trt_runner import TrtRunner
+    from export_vq.tuning import FinetuneOptions, finetune
 
 
 def __getattr__(name: str) -> Any:

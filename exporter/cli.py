@@ -343,8 +343,8 @@ def tune(model: Path, teacher: Path, text: Path, output: Path, **chosen: Any) ->
 
     Several GPUs: accelerate launch -m export_vq.cli tune ...
     """
-    from export_vq.compress.finetune_records import FinetuneOptions
     from export_vq.steps import tune_step
+    from export_vq.tuning.options import FinetuneOptions
 
     options = FinetuneOptions(**chosen, micro_batch_size=min(8, chosen["batch_size"]))
     report = tune_step(model, teacher, text, output, options, Steps())

@@ -20,8 +20,6 @@ import torch
 from export_vq import parity
 from export_vq.bench import device_name, run_benchmark
 from export_vq.bundle import Bundle
-from export_vq.compress.frontier import continuations, quality_report
-from export_vq.compress.quality import measure_gap
 from export_vq.engine_steps import bench_engines, make_engines, sidecar
 from export_vq.errors import UserError
 from export_vq.feeds import Runner
@@ -30,6 +28,8 @@ from export_vq.generate import generate
 from export_vq.graph import TORCH_DTYPES, ExportOptions
 from export_vq.load import LoadedModel, load_dense, load_model
 from export_vq.progress import Progress
+from export_vq.quality import continuations, quality_report
+from export_vq.quality.gap import measure_gap
 from export_vq.records import (
     BenchReport,
     Continuation,

@@ -15,7 +15,6 @@ import torch
 
 from export_vq.bundle import Bundle
 from export_vq.compress import CompressOptions, compress_model
-from export_vq.compress.finetune_records import FinetuneOptions, FinetuneReport
 from export_vq.errors import UserError
 from export_vq.files import sha256, write_text
 from export_vq.graph import ExportOptions, export_onnx
@@ -23,6 +22,7 @@ from export_vq.load import LoadedModel, load_dense, load_model, save_model
 from export_vq.progress import Progress
 from export_vq.records import Compressed, HeadSpec, OnnxArtifact
 from export_vq.text import read_text, token_blocks
+from export_vq.tuning.options import FinetuneOptions, FinetuneReport
 
 TUNE_BLOCK = 256
 HOLD_OUT_EVERY = 16
@@ -91,7 +91,7 @@ def tune_step(
     Raises:
         UserError: an input cannot be used.
     """
-    from export_vq.compress.finetune import finetune
+    from export_vq.tuning import finetune
 
     with progress.step("load"):
         student, dense = load_model(model), load_dense(teacher)

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from export_vq.compress import CompressOptions, make_head, with_head
-from export_vq.compress.finetune import FinetuneOptions, finetune
-from export_vq.compress.frontier import RIVALS, continuations
-from export_vq.compress.judge import HeldOut, Rival, measure_heads
 from export_vq.compress.statistics import OutputLayer, Statistics, hidden_states, quick_matmul
-from export_vq.compress.trim import bits_per_byte, trim_vocabulary
 from export_vq.files import write_text
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel, load_dense, tie_embedding
 from export_vq.plots import frontier_svg
+from export_vq.quality import RIVALS, continuations
+from export_vq.quality.judge import HeldOut, Rival, measure_heads
 from export_vq.records import HeadQuality, QualityReport
 from export_vq.report import quality_markdown
 from export_vq.text import read_text, token_blocks
+from export_vq.trim import bits_per_byte, trim_vocabulary
+from export_vq.tuning import FinetuneOptions, finetune
 
 BLOCK = 256
 TUNE_BLOCKS = 128  # of each source: 131,072 tokens in all

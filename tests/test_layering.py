@@ -46,11 +46,13 @@ MAY_IMPORT = {
         "errors", "files", "plugins.compiling", "plugins.headers", "plugins.library", "plugins.toolchain", "progress",
         "records",
     },
-    "compress": {"contract", "errors", "files", "head", "load", "parity", "records", "require", "text"},
-    "inspection": {"compress", "contract", "errors", "files", "forms", "graph", "load", "records", "text"},
-    "steps": {
-        "bundle", "compress", "errors", "files", "graph", "load", "progress", "records", "text",
-    },
+    "resume": {"errors", "files"},
+    "trim": {"errors", "load"},
+    "compress": {"contract", "errors", "head", "load", "resume", "text", "trim"},
+    "quality": {"compress", "errors", "head", "load", "parity", "records", "require"},
+    "tuning": {"compress", "errors", "head", "load", "records", "require", "resume"},
+    "inspection": {"contract", "errors", "files", "forms", "graph", "load", "quality", "records", "text"},
+    "steps": {"bundle", "compress", "errors", "files", "graph", "load", "progress", "records", "text", "tuning"},
     "build_progress": set(),
     "profiles": {"errors", "records"},
     "trt": {"contract", "errors", "files", "require"},
@@ -69,8 +71,9 @@ MAY_IMPORT = {
         "bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner", "workloads",
     },
     "pipeline": {
-        "bench", "bundle", "compress", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
-        "parity", "progress", "records", "report", "require", "runners", "steps", "text", "trt_runner", "workloads",
+        "bench", "bundle", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
+        "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
+        "trt_runner", "workloads",
     },
     "terminal": set(),
     "cli_native": {
@@ -78,14 +81,16 @@ MAY_IMPORT = {
         "records", "steps", "terminal", "wording",
     },
     "cli": {
-        "bundle", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load", "pipeline",
-        "report", "steps", "terminal",
+        "bundle", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load",
+        "pipeline", "report", "steps", "terminal", "tuning",
     },
     "__init__": {
-        "bench", "compress", "embedding", "engine", "errors", "graph", "head", "load", "parity", "pipeline", "plan", "records",
-        "runners", "trt_runner",
+        "bench", "compress", "embedding", "engine", "errors", "graph", "head", "load", "parity", "pipeline",
+        "plan", "quality", "records", "runners", "trim", "trt_runner", "tuning",
     },
 }  # fmt: skip
+FOLDERS = ("compress", "quality", "trim", "tuning")
+"""Rooms of several files."""
 STANDARD_LIBRARY_ONLY = (
     "contract", "errors", "files", "require", "records", "bundle", "doctor",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
@@ -96,7 +101,7 @@ LIGHT = {"cli": {"click"}, "cli_native": {"click"}, "terminal": {"rich"}}
 
 def _room(path):
     folder = path.parent.name
-    return folder if folder == "compress" else f"plugins.{path.stem}" if folder == "plugins" else path.stem
+    return folder if folder in FOLDERS else f"plugins.{path.stem}" if folder == "plugins" else path.stem
 
 
 def _imports(path, *, top_level_only=False):
@@ -142,8 +147,11 @@ def test_the_plan_names_what_is_there():
     assert set(MAY_IMPORT) == {_room(path) for path in FILES} | {"__init__"}
     for path in FILES:
         room = _room(path)
-        if room not in ("__init__", "compress"):
+        if room not in ("__init__", *FOLDERS):
             assert MAY_IMPORT[room] == _imports(path)[0], f"{room}: the plan allows what is no longer used"
+    for room in FOLDERS:
+        used = set().union(*(_imports(path)[0] for path in FILES if _room(path) == room)) - {room}
+        assert MAY_IMPORT[room] == used, f"{room}: the plan allows what is no longer used"
 
 
 @pytest.mark.parametrize("room", [*STANDARD_LIBRARY_ONLY, *LIGHT])

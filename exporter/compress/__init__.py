@@ -16,14 +16,14 @@ from export_vq.compress.additive import additive_head
 from export_vq.compress.assign import METHODS, single_head
 from export_vq.compress.mapping import LearnOptions, learn_single
 from export_vq.compress.product import product_head
-from export_vq.compress.resume import RunFolder
 from export_vq.compress.statistics import OutputLayer, Statistics, hidden_states, quick_matmul, replace_output
-from export_vq.compress.trim import trim_vocabulary
 from export_vq.compress.tune import tune_head
 from export_vq.errors import UserError
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel, tie_embedding
+from export_vq.resume import RunFolder
 from export_vq.text import token_blocks
+from export_vq.trim import trim_vocabulary
 
 __all__ = ["CompressOptions", "compress_model", "default_num_codebooks", "make_head", "with_head"]
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export_vq.compress.resume import RunFolder
 from export_vq.compress.statistics import OutputLayer, Statistics, quick_matmul
 from export_vq.head import VQHead
+from export_vq.resume import RunFolder
 
 FREQUENT = 8192
 DRAWN = 4096

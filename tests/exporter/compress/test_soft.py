@@ -8,11 +8,11 @@ from head_problem import mean_kl, problem
 from torch import Tensor
 
 from export_vq.compress.assign import single_head
-from export_vq.compress.loss import cross_entropy
 from export_vq.compress.product import product_head
 from export_vq.compress.soft import SoftMapping, reparametrise, settle
 from export_vq.compress.statistics import OutputLayer
 from export_vq.head import VQHead
+from export_vq.tuning.loss import cross_entropy
 
 
 def train(head: torch.nn.Module, layer: OutputLayer, hidden: Tensor, steps: int) -> None:

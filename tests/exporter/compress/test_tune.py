@@ -13,10 +13,10 @@ from export_vq.compress import tune
 from export_vq.compress.additive import additive_head
 from export_vq.compress.assign import single_head
 from export_vq.compress.product import product_head
-from export_vq.compress.resume import RunFolder
 from export_vq.compress.statistics import OutputLayer, Statistics
 from export_vq.compress.tune import tune_head
 from export_vq.head import VQHead
+from export_vq.resume import RunFolder
 
 POSITIONS = 2048 * 150
 

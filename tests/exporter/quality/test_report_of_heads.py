@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from export_vq.compress import judge
-from export_vq.compress.frontier import RIVALS, continuations, quality_report
-from export_vq.compress.judge import HeldOut, Rival, measure_heads
-from export_vq.compress.quality import mapping_floor
-from export_vq.compress.rivals import quantised
-from export_vq.compress.scores import best_tokens
 from export_vq.compress.statistics import OutputLayer, replace_output
 from export_vq.errors import UserError
 from export_vq.head import VQHead, oracle_logits
 from export_vq.load import LoadedModel
 from export_vq.parity import top_ids
+from export_vq.quality import RIVALS, continuations, judge, quality_report
+from export_vq.quality.gap import mapping_floor
+from export_vq.quality.judge import HeldOut, Rival, measure_heads
+from export_vq.quality.rivals import quantised
+from export_vq.quality.scores import best_tokens
 from export_vq.records import HeadQuality, QualityReport, Sample
 
 V, D = 97, 32

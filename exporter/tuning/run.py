@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export_vq.compress.finetune_records import CurvePoint, FinetuneOptions, FinetuneReport
-from export_vq.compress.loss import cross_entropy, last_hidden, mixed_loss, softcap_of
-from export_vq.compress.resume import RunFolder
-from export_vq.compress.teacher import Teacher
-from export_vq.compress.trained import TrainedParts
 from export_vq.errors import UserError
 from export_vq.load import LoadedModel
+from export_vq.resume import RunFolder
+from export_vq.tuning.loss import cross_entropy, last_hidden, mixed_loss, softcap_of
+from export_vq.tuning.options import CurvePoint, FinetuneOptions, FinetuneReport
+from export_vq.tuning.parts import TrainedParts
+from export_vq.tuning.teacher import Teacher
 
 SAVE_SECONDS = 45.0
 """A state is this old at most, and one step: a run that is killed loses less than a minute."""

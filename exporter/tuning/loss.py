@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export_vq.compress.chunked import accumulator, loss_by_rows, parts
 from export_vq.compress.soft import SoftMapping
 from export_vq.compress.statistics import OutputLayer
 from export_vq.head import VQHead
+from export_vq.tuning.chunked import accumulator, loss_by_rows, parts
 
 IGNORED = -100
 """The label of positions that do not count, as in torch and transformers."""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export_vq.compress.trim_select import select_tokens
-from export_vq.compress.trim_tokenizer import closure, inserted_ids, read_tokenizer, renumbered
 from export_vq.errors import UserError
 from export_vq.load import LoadedModel
+from export_vq.trim.select import select_tokens
+from export_vq.trim.tokenizer import closure, inserted_ids, read_tokenizer, renumbered
 
 _ID_FIELDS = ("_token_id", "_token_ids", "_token_index")
 """Endings of fields that hold a token id, or a list of them."""

@@ -14,12 +14,12 @@ from checkpoints import tiny_head, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from export_vq.compress import chunked
-from export_vq.compress.loss import VQCausalLMLoss, cross_entropy, distillation_loss, last_hidden, mixed_loss
 from export_vq.compress.statistics import OutputLayer
 from export_vq.head import VQHead
 from export_vq.load import TESTED_MODEL_TYPES, load_model
 from export_vq.text import token_blocks
+from export_vq.tuning import chunked
+from export_vq.tuning.loss import VQCausalLMLoss, cross_entropy, distillation_loss, last_hidden, mixed_loss
 
 ROOT = Path(__file__).parents[3]
 D, V = 12, 37

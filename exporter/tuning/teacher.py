@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export_vq.compress.loss import last_hidden
 from export_vq.compress.statistics import OutputLayer
-from export_vq.compress.trained import TrainedParts, decoder_layers
 from export_vq.load import LoadedModel
+from export_vq.tuning.loss import last_hidden
+from export_vq.tuning.parts import TrainedParts, decoder_layers
 
 
 class Teacher:

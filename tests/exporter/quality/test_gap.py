@@ -10,11 +10,11 @@ import torch
 from checkpoints import tiny_model
 from torch import Tensor
 
-from export_vq.compress.quality import mapping_floor, measure_gap
 from export_vq.compress.statistics import replace_output
 from export_vq.errors import UserError
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel
+from export_vq.quality.gap import mapping_floor, measure_gap
 from export_vq.records import ModelGap
 
 

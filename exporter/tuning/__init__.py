@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from export_vq.compress.finetune_records import CurvePoint, FinetuneOptions, FinetuneReport
-from export_vq.compress.finetune_run import FinetuneRun
-from export_vq.compress.resume import RunFolder, fingerprint
-from export_vq.compress.trained import PARTS, TrainedParts, working_copy
 from export_vq.errors import UserError
 from export_vq.load import LoadedModel
+from export_vq.resume import RunFolder, fingerprint
+from export_vq.tuning.options import CurvePoint, FinetuneOptions, FinetuneReport
+from export_vq.tuning.parts import PARTS, TrainedParts, working_copy
+from export_vq.tuning.run import FinetuneRun
 
 __all__ = ["CurvePoint", "FinetuneOptions", "FinetuneReport", "FinetuneResult", "finetune"]
 

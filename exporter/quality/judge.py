@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from export_vq.compress.quality import token_costs, token_groups
-from export_vq.compress.rivals import quantised
-from export_vq.compress.scores import Scores, Truth
 from export_vq.compress.statistics import OutputLayer
 from export_vq.head import VQHead
+from export_vq.quality.gap import token_costs, token_groups
+from export_vq.quality.rivals import quantised
+from export_vq.quality.scores import Scores, Truth
 from export_vq.records import HeadQuality, HeadSpec, TextQuality
 
 ROWS = 256

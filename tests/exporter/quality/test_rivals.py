@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from export_vq.compress.rivals import quantised
+from export_vq.quality.rivals import quantised
 
 HALF = 2.0**-11
 """fp16 rounds to within this share of a number."""
@@ -130,7 +130,7 @@ def test_rows_stay_within_half_a_step(v: int, d: int, bits: int, seed: int) -> N
 def test_more_rows_than_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = some_weight(23, 64)
     whole = [quantised(weight, 8), quantised(weight, 4, 64)]
-    monkeypatch.setattr("export_vq.compress.rivals.ROWS", 5)
+    monkeypatch.setattr("export_vq.quality.rivals.ROWS", 5)
     for expected, (bits, group) in zip(whole, [(8, None), (4, 64)], strict=True):
         found = quantised(weight, bits, group)
         assert torch.equal(found.weight, expected.weight)

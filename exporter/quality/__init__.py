@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export_vq.compress.judge import HeldOut, Rival, measure_heads
 from export_vq.compress.statistics import OutputLayer, hidden_states
 from export_vq.errors import UserError
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel
+from export_vq.quality.judge import HeldOut, Rival, measure_heads
 from export_vq.records import QualityReport, Sample
 
 RIVALS = {"INT8, one scale a row": Rival(8), "INT4, groups of 64": Rival(4, 64)}

@@ -16,15 +16,15 @@ import torch
 from checkpoints import save_dense, tiny_model
 from torch import Tensor
 
-from export_vq.compress import finetune_run
-from export_vq.compress.finetune import FinetuneOptions, FinetuneReport, FinetuneResult, finetune
-from export_vq.compress.finetune_run import batch_rows, rate
-from export_vq.compress.loss import last_hidden
-from export_vq.compress.resume import FILE
-from export_vq.compress.teacher import Teacher
-from export_vq.compress.trained import TrainedParts, decoder_layers, working_copy
 from export_vq.errors import UserError
 from export_vq.load import TESTED_MODEL_TYPES, LoadedModel, load_dense, load_model, save_model
+from export_vq.resume import FILE
+from export_vq.tuning import FinetuneOptions, FinetuneReport, FinetuneResult, finetune
+from export_vq.tuning import run as finetune_run
+from export_vq.tuning.loss import last_hidden
+from export_vq.tuning.parts import TrainedParts, decoder_layers, working_copy
+from export_vq.tuning.run import batch_rows, rate
+from export_vq.tuning.teacher import Teacher
 
 QUICK = FinetuneOptions(
     last_layers=1,
@@ -314,7 +314,7 @@ import accelerate, torch._dynamo
 from test_finetune import QUICK, tune
 from checkpoints import tiny_model
 from pathlib import Path
-from export_vq.compress import finetune_run
+from export_vq.tuning import run as finetune_run
 finetune_run.SAVE_SECONDS = 0.0  # a state after every step: most kills meet one being written
 folder, model = Path(sys.argv[1]), tiny_model()
 died = 0

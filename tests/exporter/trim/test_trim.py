@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from export_vq.compress import CompressOptions, compress_model
-from export_vq.compress.trim import Trimmed, bits_per_byte, trim_vocabulary
-from export_vq.compress.trim_tokenizer import closure
 from export_vq.errors import UserError
 from export_vq.load import TESTED_MODEL_TYPES, LoadedModel, load_dense
+from export_vq.trim import Trimmed, bits_per_byte, trim_vocabulary
+from export_vq.trim.tokenizer import closure
 
 LATIN = (
     "The quick brown fox jumps over the lazy dog; then it rests in the shade of the other trees, 12 or 345 minutes. "
