@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -324,3 +326,89 @@ def test_onnxruntime_alone_runs_the_file_as_hugging_face_users_would(world, caps
         tiny_model("llama", "product", rotation=True).model(torch.tensor([[5, 9, 40, 17]])).logits[0, -1].argmax()
     )
     assert done.stdout.split("\n")[0] == f"(1, 4, 97) (1, 2, 4, 8) {expected}"
+
+
+def test_tune_goes_from_a_checkpoint_to_a_better_one(world, capsys, monkeypatch, tmp_path):
+    save_dense(tmp_path / "dense", "llama", tied=True)
+    small = ("--num-codes", "8", "--tune-tokens", "0", "--calibration-tokens", "512")
+    text = world / "text.txt"
+    code, _, stderr = run(
+        capsys, monkeypatch, "compress", tmp_path / "dense", "--text", text, "-o", tmp_path / "model.pt", *small
+    )
+    assert code == 0, stderr
+    args = ("tune", tmp_path / "model.pt", "--teacher", tmp_path / "dense", "--text", text, "-o", tmp_path / "tuned.pt")
+    code, stdout, stderr = run(
+        capsys,
+        monkeypatch,
+        *args,
+        "--steps",
+        "6",
+        "--batch-size",
+        "2",
+        "--last-layers",
+        "1",
+        "--learning-rate",
+        "0.001",
+    )
+    assert code == 0, stderr
+    before, after = (float(number) for number in re.findall(r"perplexity (\S+) -> (\S+) on", stdout)[0])
+    assert after <= before
+    assert load_model(tmp_path / "tuned.pt").spec == load_model(tmp_path / "model.pt").spec
+    record = json.loads((tmp_path / "tuned.pt.json").read_text())
+    assert record["options"]["steps"] == 6
+    assert not list(tmp_path.glob(".tuned*"))  # the state of the run is gone
+
+
+def test_tune_on_a_short_text_is_refused(world, capsys, monkeypatch, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat and the hat. " * 9)
+    args = ("tune", world / "model.pt", "--teacher", world / "dense", "--text", tmp_path / "short.txt")
+    code, _, stderr = run(capsys, monkeypatch, *args, "-o", tmp_path / "tuned.pt")
+    assert code == 2
+    assert "give a longer text" in stderr
+    assert not list(tmp_path.glob("*tuned*"))
+
+
+def test_compress_options_reach_the_checkpoint(world, capsys, monkeypatch, tmp_path):
+    output = tmp_path / "model.pt"
+    args = (
+        "compress",
+        world / "dense",
+        "--text",
+        world / "text.txt",
+        "-o",
+        output,
+        "--kind",
+        "single",
+        "--num-codes",
+        "16",
+    )
+    more = ("--assign", "frequency", "--tune-tokens", "0", "--tie-embedding", "--keep-tokens", "script:latin")
+    code, _, stderr = run(capsys, monkeypatch, *args, *more)
+    assert code == 0, stderr
+    spec = load_model(output).spec
+    assert (spec.kind, spec.num_codes, spec.tie_embedding) == ("single", 16, True)
+    code, stdout, _ = run(capsys, monkeypatch, "inspect", output)
+    assert code == 0
+    assert "0 of 16" in stdout
+    assert "read from the head's own codes" in stdout
+
+
+def test_a_compress_run_that_was_killed_goes_on(world, tmp_path):
+    """kill -9 in the middle of tuning: the same command ends the work, and no state stays behind."""
+    output = tmp_path / "model.pt"
+    args = ["compress", world / "dense", "--text", world / "text.txt", "-o", output, "--num-codes", "16"]
+    command = [sys.executable, "-m", "export_vq.cli", *map(str, args), "--tune-tokens", str(2048 * 4000)]
+    first = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".model.pt.*.unfinished/cluster/training.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    assert not output.exists()
+    (state,) = tmp_path.glob(".model.pt.*.unfinished")
+    # Another set of options is another run: it starts anew and clears away what the first one left.
+    other = [sys.executable, "-m", "export_vq.cli", *map(str, args), "--tune-tokens", "2048"]
+    subprocess.run(other, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=200)
+    assert load_model(output).spec.num_codes == 16
+    assert not state.exists()
+    assert not list(tmp_path.glob(".model.pt.*"))
