@@ -15,6 +15,8 @@ coordinates; additive: additive quantisation, AQLM, arXiv 2401.06118):
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,6 +117,13 @@ class VQHead(nn.Module):
             if head.rotation is not None and rotation is not None:
                 head.rotation.copy_(rotation)
         return head
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """What `from_tensors` takes to make an equal head; the tensors are shared and carry no gradient."""
+        parameters = {"codebook": self.codebook, "bias": self.bias, "rotation": self.rotation}
+        plain = {name: None if value is None else value.detach() for name, value in parameters.items()}
+        return {"kind": self.spec.kind, "codes": self.codes, **plain}
 
     @property
     def weight(self) -> Tensor:

@@ -152,23 +152,15 @@ def say(line: str) -> None:
     print(time.strftime("%H:%M:%S"), line, flush=True)
 
 
-def parts_of(head: VQHead) -> dict[str, object]:
-    """A head as plain data."""
-    rotation = None if head.rotation is None else head.rotation.detach()
-    bias = None if head.bias is None else head.bias.detach()
-    codebook = head.codebook.detach()
-    return {"kind": head.spec.kind, "codebook": codebook, "codes": head.codes, "bias": bias, "rotation": rotation}
-
-
 def make_heads(work: Work) -> dict[str, VQHead]:
     """Every head of HEADS, in groups that are judged as soon as they are there."""
     work.measure({"dense": work.layer, **RIVALS})
     stats: list[Statistics] = []
 
-    def made(options: CompressOptions) -> dict[str, object]:
+    def made(options: CompressOptions) -> dict[str, Any]:
         if not stats:
             stats.append(work.statistics())
-        return parts_of(make_head(work.layer, stats[0], options))
+        return make_head(work.layer, stats[0], options).tensors
 
     heads: dict[str, VQHead] = {}
     for name, options in HEADS.items():

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,12 +14,12 @@ from export_vq.compress.additive import additive_head
 from export_vq.compress.assign import METHODS, single_head
 from export_vq.compress.mapping import LearnOptions, learn_single
 from export_vq.compress.product import product_head
+from export_vq.compress.stages import Stages
 from export_vq.compress.statistics import OutputLayer, Statistics, hidden_states, quick_matmul, replace_output
 from export_vq.compress.tune import tune_head
 from export_vq.errors import UserError
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel, tie_embedding
-from export_vq.resume import RunFolder
 from export_vq.text import token_blocks
 from export_vq.trim import trim_vocabulary
 
@@ -103,7 +101,7 @@ def compress_model(
         dense = trim_vocabulary(dense, options.keep_tokens, text).model
     layer = OutputLayer.of(dense)
     _check(dense.source, options, *layer.weight.shape)
-    stages = _Stages(unfinished)
+    stages = Stages(unfinished)
     hidden = stages.tensor("hidden", lambda: _hidden(dense, text, options, len(layer.weight), tell))
     with quick_matmul():
         stats = Statistics.of(layer, hidden, lambda part: tell("calibrate", 0.7 + 0.3 * part))
@@ -118,7 +116,7 @@ def make_head(
     stats: Statistics,
     options: CompressOptions,
     tell: Tell = lambda _step, _fraction: None,
-    stages: _Stages | None = None,
+    stages: Stages | None = None,
 ) -> VQHead:
     """The head alone, from an output layer and what a text says of it: clustered, then tuned where the options say so.
 
@@ -129,7 +127,7 @@ def make_head(
         tell: called with the step's name and the fraction done.
         stages: where a stopped run goes on from.
     """
-    stages = stages or _Stages(None)
+    stages = stages or Stages(None)
     m, k = _sizes(options, layer.weight.shape[1])
     seed, bias = options.seed, options.bias
 
@@ -148,7 +146,7 @@ def make_head(
     if options.tune_tokens == 0:
         return head
     if options.kind == "single" and bias and layer.softcap is None:
-        return learn_single(head, layer, stats, LearnOptions(seed=seed), tell)
+        return learn_single(head, layer, stats, LearnOptions(seed=seed), tell, stages.run("map"))
     return tune_head(
         head, layer, stats, positions=options.tune_tokens, seed=seed, tell=tell, keep=stages.run("tune")
     ).head
@@ -213,45 +211,3 @@ def with_head(dense: LoadedModel, head: VQHead) -> LoadedModel:
     return dataclasses.replace(
         dense, model=model.eval(), head=head, config={**dense.config, contract.CONFIG_SECTION: head.spec.section}
     )
-
-
-class _Stages:
-    """What is done so far, in a folder that belongs to one input and one set of options; nowhere where it is None."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-
-    def run(self, name: str) -> RunFolder | None:
-        return None if self.folder is None else RunFolder(self.folder / name, {})
-
-    def _made(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        place = self.run(name)
-        found = None if place is None else place.load()
-        if found is None:
-            found = make()
-            if place is not None:
-                place.save(found)
-        return found
-
-    def tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        found: Tensor = self._made(name, lambda: {name: make()})[name]
-        return found
-
-    def head(self, name: str, make: Callable[[], VQHead]) -> VQHead:
-        def parts() -> dict[str, Any]:
-            head = make()
-            rotation = None if head.rotation is None else head.rotation.detach()
-            bias = None if head.bias is None else head.bias.detach()
-            return {
-                "kind": head.spec.kind,
-                "codebook": head.codebook.detach(),
-                "codes": head.codes,
-                "bias": bias,
-                "rotation": rotation,
-            }
-
-        return VQHead.from_tensors(**self._made(name, parts))
-
-    def done(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)

@@ -25,8 +25,7 @@ def with_bias(head: VQHead, layer: OutputLayer, stats: Statistics) -> VQHead:
     twin = head.token_vectors(dtype=torch.float32)
     start = mean_error_bias(layer, twin, stats.mean)
     bias = matched_bias(layer, twin, start, stats.hidden[stats.sample(SAMPLE)])
-    rotation = None if head.rotation is None else head.rotation.detach()
-    return VQHead.from_tensors(head.spec.kind, head.codebook.detach(), head.codes, bias, rotation)
+    return VQHead.from_tensors(**{**head.tensors, "bias": bias})
 
 
 def mean_error_bias(layer: OutputLayer, twin: Tensor, mean: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from export_vq.compress.statistics import OutputLayer, Statistics, quick_matmul
 from export_vq.head import VQHead
+from export_vq.resume import RunFolder
 
 ROUNDS = 4
 STEPS = 100
@@ -57,6 +58,7 @@ def learn_single(
     stats: Statistics,
     options: LearnOptions,
     tell: Callable[[str, float], None] = lambda _step, _fraction: None,
+    keep: RunFolder | None = None,
 ) -> VQHead:
     """Tune a single head in code space, and learn its mapping on the way.
 
@@ -66,6 +68,7 @@ def learn_single(
         stats: of the text.
         options: see LearnOptions.
         tell: called with what is done (the loss in nats with it) and the fraction.
+        keep: where the state is kept after every round, about a minute each; a run that finds its state goes on from it.
 
     Returns:
         A head of the same sizes, with a bias; the given one where learning did not improve on it.
@@ -76,7 +79,7 @@ def learn_single(
     if head.spec.kind != "single" or layer.softcap is not None:
         raise ValueError("learn_single takes a head of kind single and a layer without a softcap")
     with quick_matmul():
-        return _Learner(head, layer, stats, options.seed).run(options.rounds, tell)
+        return _Learner(head, layer, stats, options.seed).run(options.rounds, tell, keep)
 
 
 class _Learner:
@@ -84,7 +87,7 @@ class _Learner:
 
     def __init__(self, head: VQHead, layer: OutputLayer, stats: Statistics, seed: int) -> None:
         rows = stats.sample(POSITIONS)
-        self.hidden, self.normaliser = stats.hidden[rows], stats.normaliser[rows]
+        self.hidden = stats.hidden[rows]
         self.start, self.layer, self.k = head, layer, head.spec.num_codes
         self.codes = head.codes[:, 0].long()
         self.book = head.codebook.detach()[0].clone()
@@ -93,19 +96,27 @@ class _Learner:
         self.intercept = torch.bincount(self.codes, minlength=self.k).float().clamp(min=1).log()
         self.random = torch.Generator().manual_seed(seed)
 
-    def run(self, rounds: int, tell: Callable[[str, float], None]) -> VQHead:
-        targets = self._targets(lambda part: tell("map", part / (2 * rounds)))
-        before = self._loss(self.start, targets)
-        loss = before
-        for step in range(rounds):
+    def run(self, rounds: int, tell: Callable[[str, float], None], keep: RunFolder | None) -> VQHead:
+        found = None if keep is None else keep.load()
+        first, before = 0, math.nan
+        if found is not None:
+            first, before = found["round"], found["before"]
+            self.codes, self.book, self.intercept = (found[name] for name in ("codes", "book", "intercept"))
+            self.random.set_state(found["random"])
+        loss, name = before, "map"
+        for step in range(first, rounds):
+            targets = self._targets(partial(_part_of, tell, name, step, rounds))
+            if step == 0:
+                before = self._loss(self.start, targets)
             self._fit(targets, LAST_STEPS if step == rounds - 1 else STEPS)
             loss = self._loss(self._head(), targets)
             name = f"map, loss {loss:.3f} (was {before:.3f})"
-            tell(name, (step + 0.5) / rounds)
             if step < rounds - 1:
                 self._move(self._affinity(partial(_part_of, tell, name, step + 0.5, rounds)))
-                targets = self._targets(partial(_part_of, tell, name, step + 0.75, rounds))
-        tell(f"map, loss {loss:.3f} (was {before:.3f})", 1.0)
+                if keep is not None:
+                    tensors = {"codes": self.codes, "book": self.book, "intercept": self.intercept}
+                    keep.save({**tensors, "random": self.random.get_state(), "round": step + 1, "before": before})
+        tell(name, 1.0)
         return self._head() if loss < before else self.start
 
     def _loss(self, head: VQHead, targets: Tensor) -> float:
@@ -188,5 +199,5 @@ class _Learner:
 
 
 def _part_of(tell: Callable[[str, float], None], name: str, start: float, rounds: int, part: float) -> None:
-    """A quarter of a round, from `start` rounds on."""
-    tell(name, (start + part / 4) / rounds)
+    """Half of a round, from `start` rounds on."""
+    tell(name, (start + part / 2) / rounds)

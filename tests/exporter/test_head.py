@@ -209,3 +209,21 @@ def test_gradients_reach_every_parameter():
     for found, wanted in ((head.codebook, book.grad), (head.rotation, rotation.grad), (head.bias, weight.sum(0))):
         grad = found if found is None else found.grad
         assert torch.allclose(grad, wanted, rtol=1e-12, atol=1e-12)  # sums of under 100 float64 terms of order one
+
+
+@pytest.mark.parametrize("kind", ["single", "product", "additive"])
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_head_comes_back_from_its_tensors(kind, optional):
+    random = torch.Generator().manual_seed(0)
+    m, width = {"single": (1, 12), "product": (3, 4), "additive": (3, 12)}[kind]
+    head = VQHead.from_tensors(
+        kind,
+        torch.randn(m, 5, width, generator=random),
+        torch.randint(5, (17, m), generator=random),
+        torch.randn(17, generator=random) if optional else None,
+        torch.randn(12, 12, generator=random) if optional and kind == "product" else None,
+    )
+    again = VQHead.from_tensors(**head.tensors)
+    assert again.spec == head.spec
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in head.state_dict().items())
+    assert not head.tensors["codebook"].requires_grad

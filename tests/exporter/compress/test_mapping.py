@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from head_problem import mean_kl, problem
 from export_vq.compress.assign import single_head
 from export_vq.compress.mapping import LearnOptions, _Learner, learn_single
 from export_vq.compress.product import product_head
+from export_vq.resume import RunFolder
 
 
 @pytest.mark.parametrize("method", ["random", "kmeans", "private"])
@@ -68,3 +70,26 @@ def test_only_single_heads_without_a_softcap() -> None:
     capped, its = problem(softcap=5.0)
     with pytest.raises(ValueError, match="softcap"):
         learn_single(single_head(capped, its, 8), capped, its, LearnOptions())
+
+
+class Stopped(Exception):
+    """The run was interrupted."""
+
+
+def test_a_stopped_run_goes_on_to_the_same_head(tmp_path: Path) -> None:
+    layer, stats = problem()
+    start = single_head(layer, stats, 12)
+    whole = learn_single(start, layer, stats, LearnOptions(rounds=4))
+
+    def stop(_: str, part: float) -> None:
+        if part > 0.6:
+            raise Stopped
+
+    keep = RunFolder(tmp_path, {})
+    with pytest.raises(Stopped):
+        learn_single(start, layer, stats, LearnOptions(rounds=4), stop, keep)
+    told: list[float] = []
+    again = learn_single(start, layer, stats, LearnOptions(rounds=4), lambda _, part: told.append(part), keep)
+    assert told[0] > 0.4  # it did not start anew
+    assert torch.equal(again.codes, whole.codes)
+    assert torch.equal(again.codebook, whole.codebook)
