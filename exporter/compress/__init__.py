@@ -204,9 +204,6 @@ def _check(source: str, options: CompressOptions, v: int, d: int) -> None:
 def with_head(dense: LoadedModel, head: VQHead) -> LoadedModel:
     """The same model with another head, as `load_model` would build it."""
     model = replace_output(dense.model, head, share=False)
-    # The head is untied by nature: the input embedding, tied in the original, is a parameter of its own.
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
     model.set_attn_implementation("eager")
     return dataclasses.replace(
         dense, model=model.eval(), head=head, config={**dense.config, contract.CONFIG_SECTION: head.spec.section}

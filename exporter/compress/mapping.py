@@ -25,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from export_vq.codespace import code_mass
 from export_vq.compress.statistics import OutputLayer, Statistics, quick_matmul
 from export_vq.head import VQHead
 from export_vq.resume import RunFolder
@@ -122,9 +123,7 @@ class _Learner:
     def _loss(self, head: VQHead, targets: Tensor) -> float:
         """Mean cross-entropy of a head with the present codes against the teacher, in nats."""
         bias = torch.zeros(len(self.codes)) if head.bias is None else head.bias.detach()
-        mass = torch.full((self.k,), -torch.inf).scatter_reduce(0, self.codes, bias, "amax")
-        total = torch.zeros(self.k).index_add(0, self.codes, (bias - mass[self.codes]).exp())
-        mass = mass + total.log()  # -inf for a code without tokens
+        mass = code_mass(self.codes, bias, self.k)
         loss = -float(self.chance @ (bias - mass[self.codes]))
         for rows, wanted in zip(self.hidden.split(BATCH), targets.split(BATCH), strict=True):
             log_q = torch.log_softmax(rows @ head.codebook.detach()[0].T + mass, -1)

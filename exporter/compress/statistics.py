@@ -59,6 +59,11 @@ class Statistics:
         return torch.linspace(0, len(self.hidden) - 1, min(size, len(self.hidden))).long()
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c * tanh(logits / c), as Gemma's configs may ask for; the logits themselves without a softcap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 class OutputLayer:
     """The dense output layer as a function: hidden states [n, D] -> probabilities float32 [n, V]."""
 
@@ -81,7 +86,7 @@ class OutputLayer:
 
     def capped(self, logits: Tensor) -> Tensor:
         """What the model makes of the layer's logits, through the softcap where there is one."""
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return capped(logits, self.softcap)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Raw logits [n, V] -> probabilities [n, V]."""
@@ -150,8 +155,12 @@ def replace_output(model: nn.Module, layer: nn.Module, *, share: bool) -> Any:
     """
     old = model.get_output_embeddings()  # type: ignore[operator]
     if not share:
-        return copy.deepcopy(model, {id(old): layer})
+        other: Any = copy.deepcopy(model, {id(old): layer})
+        # The embedding that the original tied to its output layer is a matrix of its own in the copy.
+        other.config.tie_word_embeddings = False
+        other.all_tied_weights_keys = {}
+        return other
     other = copy.copy(model)
     other._modules = dict(model._modules)
-    other.set_output_embeddings(layer)  # type: ignore[operator]
+    other.set_output_embeddings(layer)
     return other

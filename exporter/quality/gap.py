@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from export_vq.codespace import code_mass
 from export_vq.errors import UserError
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel
@@ -103,6 +104,4 @@ def token_costs(head: VQHead, group: Tensor | None = None) -> Tensor:
     """
     group = token_groups(head)[0] if group is None else group
     bias = torch.zeros(len(group), dtype=torch.float64) if head.bias is None else head.bias.detach().double()
-    peak = torch.full((int(group.max()) + 1,), -torch.inf, dtype=torch.float64).scatter_reduce(0, group, bias, "amax")
-    mass = torch.zeros_like(peak).index_add(0, group, (bias - peak[group]).exp())
-    return mass.log()[group] + peak[group] - bias
+    return code_mass(group, bias, int(group.max()) + 1)[group] - bias

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from export_vq.compress.statistics import OutputLayer
+from export_vq.compress.statistics import OutputLayer, capped
 from export_vq.head import VQHead
 from export_vq.quality.gap import token_costs, token_groups
 from export_vq.quality.rivals import quantised
@@ -152,7 +152,7 @@ class _Layer:
             logits = logits.index_select(1, self.group)
         if self.bias is not None:
             logits += self.bias
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return capped(logits, softcap)
 
     def record(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from export_vq.errors import UserError
 from export_vq.load import LoadedModel
+from export_vq.text import token_ids
 from export_vq.trim.select import select_tokens
 from export_vq.trim.tokenizer import closure, inserted_ids, read_tokenizer, renumbered
 
@@ -114,7 +115,7 @@ def bits_per_byte(dense: LoadedModel, text: str, block: int = 256) -> float:
     Raises:
         UserError: no tokenizer, or the text is too short.
     """
-    ids = dense.tokenizer()(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = token_ids(dense.tokenizer(), text)
     if len(ids) < 2:
         raise UserError(f"the text has {len(ids)} tokens, at least 2 were expected; give a longer text with --text")
     step = min(block, dense.max_positions) - 1

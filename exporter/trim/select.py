@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from export_vq.errors import UserError
+from export_vq.text import token_ids
 
 SCRIPT = "script:"
 
@@ -45,7 +46,7 @@ def _most_frequent(number: int, tokenizer: Any, text: str, tokens: Mapping[int, 
         raise UserError(
             f"--keep-tokens is {number}, expected 1 to {len(tokens)}, the tokens of this vocabulary; give a number between"
         )
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     counts = torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=max(tokens) + 1).tolist()
     return set(sorted(tokens, key=lambda token: (-counts[token], token))[:number])
 

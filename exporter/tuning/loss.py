@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export_vq.codespace import code_mass
 from export_vq.compress.soft import SoftMapping
-from export_vq.compress.statistics import OutputLayer
+from export_vq.compress.statistics import OutputLayer, capped
 from export_vq.head import VQHead
 from export_vq.tuning.chunked import accumulator, loss_by_rows, parts
 
@@ -163,7 +164,7 @@ class _Target:
         assert self.teacher_rows is not None
         with torch.no_grad():
             logits = F.linear(self.teacher_rows[rows], self.teacher.weight, self.teacher.bias).to(dtype)
-            return (_capped(logits, self.teacher.softcap) / self.temperature).log_softmax(-1)
+            return (capped(logits, self.teacher.softcap) / self.temperature).log_softmax(-1)
 
 
 def _total(output: VQHead | SoftMapping | nn.Linear, rows: Tensor, target: _Target, softcap: float | None) -> Tensor:
@@ -177,13 +178,9 @@ def _total(output: VQHead | SoftMapping | nn.Linear, rows: Tensor, target: _Targ
             rows = rows @ output.rotation
 
     def loss(logits: Tensor, part: slice) -> Tensor:
-        return _row_losses(_capped(logits, softcap), target, part)
+        return _row_losses(capped(logits, softcap), target, part)
 
     return loss_by_rows(rows, weight, output.bias, loss)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 # ------------------------------------------------------------------------------------------------------- one codebook
@@ -197,23 +194,15 @@ def _code_space(head: VQHead, rows: Tensor, target: _Target) -> Tensor:
     total = scores.new_zeros(())
     if target.labels is not None:
         picked = scores.gather(1, code[target.labels][:, None])[:, 0] + bias[target.labels]
-        normaliser = (scores + _mass(code, bias, scores.shape[1])).logsumexp(-1)
+        normaliser = (scores + code_mass(code, bias, scores.shape[1])).logsumexp(-1)
         total = total + (1 - target.alpha) * (normaliser - picked).sum()
     if target.teacher is not None:
         by_code, by_token, negative_entropy = _teacher_sums(target, code, scores)
         heat = target.temperature
-        normaliser = (scores / heat + _mass(code, bias / heat, scores.shape[1])).logsumexp(-1)
+        normaliser = (scores / heat + code_mass(code, bias / heat, scores.shape[1])).logsumexp(-1)
         expected = ((by_code * scores).sum() + by_token @ bias) / heat
         total = total + target.alpha * heat**2 * (negative_entropy - expected + normaliser.sum())
     return total
-
-
-def _mass(code: Tensor, bias: Tensor, num_codes: int) -> Tensor:
-    """mass[k] = logsumexp of bias [V] over the tokens of code k, [K], differentiable; -inf where no token has the code."""
-    flat = bias.detach()
-    peak = flat.new_full((num_codes,), -torch.inf).scatter_reduce(0, code, flat, "amax")
-    total = bias.new_zeros(num_codes).index_add(0, code, (bias - peak[code]).exp())
-    return total.log() + peak
 
 
 def _teacher_sums(target: _Target, code: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

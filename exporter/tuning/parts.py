@@ -32,8 +32,6 @@ def working_copy(loaded: LoadedModel) -> LoadedModel:
     layer = nn.Linear(d, v, bias=old.bias is not None, dtype=old.weight.dtype)
     layer.load_state_dict(old.state_dict())
     model = replace_output(loaded.model, layer, share=False)
-    model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
     return dataclasses.replace(loaded, model=model, config={**loaded.config, "tie_word_embeddings": False})
 
 
