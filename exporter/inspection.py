@@ -90,7 +90,7 @@ def inspect_engine(plan: Path) -> EngineArtifact:
 
 def _inspect_checkpoint(path: Path, text: Path | None) -> Inspection:
     from export_vq.load import load_model
-    from export_vq.quality.gap import mapping_floor
+    from export_vq.quality.floor import mapping_floor
     from export_vq.text import read_text, token_blocks
 
     loaded = load_model(path)

@@ -29,12 +29,10 @@ from export_vq.graph import TORCH_DTYPES, ExportOptions
 from export_vq.load import LoadedModel, load_dense, load_model
 from export_vq.progress import Progress
 from export_vq.quality import continuations, quality_report
-from export_vq.quality.gap import measure_gap
 from export_vq.records import (
     BenchReport,
     Continuation,
     EngineArtifact,
-    ModelGap,
     OnnxArtifact,
     ParityReport,
     QualityReport,
@@ -165,7 +163,7 @@ class _Run:
                 "write", {**key, "prompt": options.prompt}, Continuation, lambda _: self._write(artifacts["vq"])
             )
         engines, engine_checks, engine_bench = self._engines(key)
-        gap, quality = self._gap(key)
+        quality = self._quality(key)
         report = RunReport(
             model=self.path.name,
             model_type=artifacts["vq"].model_type,
@@ -175,7 +173,6 @@ class _Run:
             total_numbers=self._total_numbers(artifacts["vq"]),
             artifacts=tuple(artifacts.values()),
             parity=(*checks, *engine_checks),
-            gap=gap,
             quality=quality,
             bench=bench,
             prompt=written.prompt,
@@ -195,7 +192,7 @@ class _Run:
     ) -> Any:
         def made() -> Any:
             _ = self.loaded  # its own step, not part of this one's time
-            if name in ("model gap", "quality"):
+            if name == "quality":
                 _ = self.baseline
             with self.progress.step(name) as tell:
                 return make(lambda fraction: tell(name, fraction))
@@ -322,32 +319,26 @@ class _Run:
             made = list(generate(runner, prompt, 32, ends))
         return Continuation(self.options.prompt, str(tokenizer.decode(made)))
 
-    def _gap(self, key: dict[str, Any]) -> tuple[ModelGap | None, QualityReport | None]:
+    def _quality(self, key: dict[str, Any]) -> QualityReport | None:
         """What the VQ head costs against the dense original, and what INT8 and INT4 would cost instead."""
         options = self.options
         if options.baseline is None or options.text is None:
             missing = " and ".join(f"--{n} {n.upper()}" for n in ("baseline", "text") if getattr(options, n) is None)
             self.not_done.append(f"model gap: what the VQ head costs against the dense original; give {missing}")
-            return None, None
-        name, text = options.baseline.name, options.text
-
-        def blocks() -> torch.Tensor:
-            width = min(GAP_BLOCK, self.loaded.max_positions)
-            return torch.from_numpy(self._blocks(width, options.gap_tokens // width))
-
-        def measure(tell: Callable[[float], None]) -> ModelGap:
-            return measure_gap(self.baseline, self.loaded, blocks(), baseline=name, text=text.name, progress=tell)
+            return None
+        text = options.text
 
         def judge(tell: Callable[[float], None]) -> QualityReport:
+            width = min(GAP_BLOCK, self.loaded.max_positions)
+            blocks = torch.from_numpy(self._blocks(width, options.gap_tokens // width))
             models = {"this model": self.loaded}
-            report = quality_report(self.baseline, models, {text.name: blocks()}, progress=lambda _, part: tell(part))
+            report = quality_report(self.baseline, models, {text.name: blocks}, progress=lambda _, part: tell(part))
             samples = continuations({"dense": self.baseline, **models}, (options.prompt,), 32)
             return dataclasses.replace(report, samples=samples)
 
-        gap_key = {**key, "baseline": sha256(options.baseline), "tokens": options.gap_tokens}
-        gap: ModelGap = self._step("model gap", gap_key, ModelGap, measure)
-        quality: QualityReport = self._step("quality", {**gap_key, "prompt": options.prompt}, QualityReport, judge)
-        return gap, quality
+        judged = {"baseline": sha256(options.baseline), "tokens": options.gap_tokens, "prompt": options.prompt}
+        quality: QualityReport = self._step("quality", {**key, **judged}, QualityReport, judge)
+        return quality
 
     def _total_numbers(self, artifact: OnnxArtifact) -> int:
         """Parameters of the whole VQ model, read from the graph's weights."""

@@ -155,7 +155,7 @@ def _draw_agreement(figure: Figure, report: RunReport) -> None:
         top1, top5 = lowest.get(case.name, (1.0, 1.0))
         lowest[case.name] = (min(top1, case.stats.top1_agreement), min(top5, case.stats.top5_agreement))
     if report.gap:
-        lowest["model gap: against the baseline"] = report.gap.stats.top1_agreement, report.gap.stats.top5_agreement
+        lowest["model gap: against the baseline"] = report.gap.top1_agreement, report.gap.top5_agreement
     rows = [
         (name, [_Bar(100 * top1, ACCENT, share(top1)), _Bar(100 * top5, SOFT, share(top5))])
         for name, (top1, top5) in lowest.items()

@@ -216,22 +216,6 @@ class ParityReport(Record):
 
 
 @dataclass(frozen=True)
-class ModelGap(Record):
-    """What the VQ head costs against the user's dense model. The trainer's gap, reported and never judged."""
-
-    baseline: str
-    text: str
-    stats: ErrorStats
-    floor: float
-    """The lowest perplexity any training could reach with this mapping of tokens to codes, on this text."""
-
-    @property
-    def perplexity_increase(self) -> float:
-        """Relative: 0.1 is ten percent worse."""
-        return self.stats.perplexity_candidate / self.stats.perplexity_reference - 1
-
-
-@dataclass(frozen=True)
 class Timing(Record):
     """Latencies of one runner on one workload, in milliseconds."""
 
@@ -447,7 +431,6 @@ class RunReport(Record):
     """Parameters of the whole VQ model, code ids not counted."""
     artifacts: tuple[OnnxArtifact, ...]
     parity: tuple[ParityReport, ...]
-    gap: ModelGap | None
     bench: BenchReport | None
     prompt: str
     continuation: str
@@ -457,6 +440,13 @@ class RunReport(Record):
     engines: tuple[EngineArtifact, ...] = ()
     engine_bench: BenchReport | None = None
     quality: QualityReport | None = None
+    """This model beside the dense original and its integer forms, on one text; None where either was not given."""
+
+    @property
+    def gap(self) -> TextQuality | None:
+        """What the VQ head costs against the user's dense model. The trainer's gap, reported and never judged."""
+        heads = self.quality.heads if self.quality else ()
+        return next((head.total for head in heads if head.spec is not None), None)
 
     def __bool__(self) -> bool:
         return all(self.parity)

@@ -70,7 +70,7 @@ def render_html(report: RunReport) -> str:
 
 def render_summary(report: RunReport) -> str:
     """The report in a few lines of Markdown, the verdict first."""
-    spec, gap = report.spec, report.gap
+    spec, gap, quality = report.spec, report.gap, report.quality
     lines = [": ".join(verdict(report)), ""]
     lines += [f"- failed: {parity.candidate}: {failure}" for parity in report.parity for failure in parity.failures]
     lines.append(
@@ -83,13 +83,13 @@ def render_summary(report: RunReport) -> str:
         f"{share(parity.total.top1_agreement)} of {parity.total.positions:,} positions"
         for parity in report.parity
     ]
-    if gap is None:
+    if gap is None or quality is None:
         lines.append("- model gap: no baseline given")
     else:
         lines.append(
-            f"- model gap: perplexity {number(gap.stats.perplexity_candidate)} against "
-            f"{number(gap.stats.perplexity_reference)} of {gap.baseline} ({change(gap.perplexity_increase)}), "
-            f"floor {number(gap.floor)}, same top token at {share(gap.stats.top1_agreement)} of positions"
+            f"- model gap: perplexity {number(gap.perplexity)} against {number(gap.perplexity_dense)} of {quality.dense} "
+            f"({change(gap.perplexity_increase)}), floor {number(gap.floor)}, same top token at "
+            f"{share(gap.top1_agreement)} of positions"
         )
     lines += [f"- speed: {sentence}" for sentence in speed_sentences(report.bench) or ("not measured",)]
     lines += [f"- engine: {engine_sentence(engine)}" for engine in report.engines]

@@ -51,7 +51,7 @@ def compress_step(model: Path, text: Path, output: Path, options: CompressOption
         raise UserError(
             f"{model}: no such file or folder; give a causal language model as a Hugging Face folder or GGUF file"
         )
-    made_from = (sha256(model), hashlib.sha256(words.encode()).hexdigest(), asdict(options), version("export-vq"))
+    made_from = (sha256(model), hashlib.sha256(words.encode()).hexdigest(), _options(options), version("export-vq"))
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     unfinished = output.with_name(f".{output.name}.{key}.unfinished")
     record = output.with_name(output.name + ".json")
@@ -73,6 +73,14 @@ def compress_step(model: Path, text: Path, output: Path, options: CompressOption
         save_model(vq, output)
     Compressed(*made_from, spec=vq.spec, sha256=sha256(output)).save(record)
     return vq.spec
+
+
+def _options(options: CompressOptions) -> dict[str, Any]:
+    """The options as the record keeps them: a file that they name counts by its content."""
+    kept = asdict(options)
+    if options.keep_tokens is not None and Path(options.keep_tokens).is_file():
+        kept["keep_tokens_sha256"] = sha256(Path(options.keep_tokens))
+    return kept
 
 
 def tune_step(

@@ -32,7 +32,7 @@ from export_vq.checkpoint import tokenizer_files
 from export_vq.compress.soft import SoftMapping, reparametrise, settle
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel, save_model
-from export_vq.quality.gap import mapping_floor
+from export_vq.quality.floor import mapping_floor
 from export_vq.text import read_text, token_blocks
 from export_vq.tuning.loss import VQCausalLMLoss
 

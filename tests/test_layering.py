@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "resume": {"errors", "files"},
     "trim": {"errors", "load", "text"},
     "compress": {"codespace", "contract", "errors", "head", "load", "resume", "text", "trim"},
-    "quality": {"codespace", "compress", "errors", "head", "load", "parity", "records", "require"},
+    "quality": {"codespace", "compress", "errors", "head", "load", "records", "require"},
     "tuning": {"codespace", "compress", "errors", "head", "load", "records", "require", "resume"},
     "inspection": {"contract", "errors", "files", "forms", "graph", "load", "quality", "records", "text"},
     "steps": {"bundle", "compress", "errors", "files", "graph", "load", "progress", "records", "text", "tuning"},

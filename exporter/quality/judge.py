@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export_vq.compress.statistics import OutputLayer, capped
 from export_vq.head import VQHead
-from export_vq.quality.gap import token_costs, token_groups
+from export_vq.quality.floor import token_costs, token_groups
 from export_vq.quality.rivals import quantised
 from export_vq.quality.scores import Scores, Truth
 from export_vq.records import HeadQuality, HeadSpec, TextQuality

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, skipped steps, nothing left behind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,9 +14,13 @@ import pytest
 from checkpoints import DAMAGES, save_dense, save_tiny, tiny_model
 
 from export_vq import cli
+from export_vq.compress import KINDS, CompressOptions
+from export_vq.compress.assign import METHODS
 from export_vq.load import load_model, save_model
 from export_vq.records import RunReport
 from export_vq.runners import native_library
+from export_vq.tuning.options import FinetuneOptions
+from export_vq.tuning.parts import PARTS
 from export_vq.workloads import STOCK
 
 TEXT = "the cat and the hat sat on the mat, and that is all there is to it. " * 200
@@ -82,7 +87,7 @@ def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch)
     assert all(way in check.candidate for way, check in zip(ways, report.parity, strict=True))
     runners = {timing.runner for timing in report.bench.timings}
     assert runners == {"vq", "dense"} | ({STOCK} if native_library() else set())
-    assert report.gap.stats.perplexity_reference > 1
+    assert report.gap.perplexity_dense > 1
     assert {t.subject for t in report.bench.timings} == {"head", "decode step"}
     assert report.continuation
     # What this machine has, TensorRT or native kernels, is its own affair.
@@ -391,6 +396,46 @@ def test_compress_options_reach_the_checkpoint(world, capsys, monkeypatch, tmp_p
     assert code == 0
     assert "0 of 16" in stdout
     assert "read from the head's own codes" in stdout
+
+
+def test_compress_again_when_the_list_of_tokens_changed(world, capsys, monkeypatch, tmp_path):
+    """The file's name is the same, so only its content can tell."""
+    output, kept = tmp_path / "model.pt", tmp_path / "keep.txt"
+    sizes = (("--num-codes", "8"), ("--num-codebooks", "2"), ("--tune-tokens", "0"))
+    args = ("compress", world / "dense", "--text", world / "text.txt", "-o", output, "--keep-tokens", kept)
+    skipped = []
+    for tokens in (range(40), range(50), range(50)):
+        kept.write_text("\n".join(map(str, tokens)))
+        code, _, stderr = run(capsys, monkeypatch, *args, *(word for pair in sizes for word in pair))
+        assert code == 0, stderr
+        skipped.append("unchanged" in stderr)
+    assert skipped == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "not_offered"),
+    [
+        ("compress", CompressOptions, set()),
+        ("tune", FinetuneOptions, {"micro_batch_size", "alpha", "eval_every", "patience"}),
+    ],
+)
+def test_the_command_line_offers_what_there_is_with_the_same_defaults(command, options, not_offered):
+    offered = {p.name: p.default for p in cli.cli.commands[command].params}
+    fields = {f.name: f.default for f in dataclasses.fields(options)}
+    assert not_offered == set(fields) - set(offered)
+    for name in set(fields) & set(offered):
+        # Click keeps an unset default in a type of its own.
+        assert offered[name] == fields[name] or fields[name] is None
+
+
+def test_the_command_line_offers_the_choices_that_there_are():
+    def choices(command, option):
+        (found,) = (p.type.choices for p in cli.cli.commands[command].params if p.name == option)
+        return tuple(found)
+
+    assert choices("compress", "kind") == KINDS
+    assert choices("compress", "assign") == tuple(METHODS)
+    assert choices("tune", "parts") == PARTS
 
 
 def test_a_compress_run_that_was_killed_goes_on(world, tmp_path):

@@ -24,7 +24,6 @@ from export_vq.records import (
     ErrorStats,
     HeadQuality,
     HeadSpec,
-    ModelGap,
     OnnxArtifact,
     ParityCase,
     ParityReport,
@@ -148,9 +147,6 @@ def with_engines() -> RunReport:
 
 
 def passing() -> RunReport:
-    gap_stats = dataclasses.replace(
-        stats(1e6, 0.713), perplexity_reference=20.17, perplexity_candidate=23.02, kl_mean=0.132, kl_p99=1.21
-    )
     return RunReport(
         model="SmolLM2-135M-vq",
         model_type="llama",
@@ -160,7 +156,9 @@ def passing() -> RunReport:
         total_numbers=134_712_000,
         artifacts=(artifact("model.onnx", "vq", "portable"), artifact("dense.onnx", "dense", "dense")),
         parity=(parity("model.onnx, native kernel"), parity("model.onnx, stock runtime", scale=2.3)),
-        gap=ModelGap("HuggingFaceTB/SmolLM2-135M", "wikitext-2, 64 blocks of 256 tokens", gap_stats, floor=1.02),
+        quality=QualityReport(
+            "SmolLM2-135M", 256, (head_quality("this model", "product", SPEC.head_bytes(), 25.765, SPEC),)
+        ),
         bench=bench(),
         prompt="The capital of France is",
         continuation=" Paris, which is also the largest city of the country and the seat of its government.",
@@ -225,7 +223,7 @@ def failing() -> RunReport:
 def bare() -> RunReport:
     """No baseline, no timings, nothing generated, nothing left out."""
     return dataclasses.replace(
-        passing(), gap=None, bench=None, prompt="", continuation="", not_done=(), artifacts=(), versions={}
+        passing(), quality=None, bench=None, prompt="", continuation="", not_done=(), artifacts=(), versions={}
     )
 
 
@@ -233,14 +231,12 @@ def hostile() -> RunReport:
     base = passing()
     cases = tuple(dataclasses.replace(case, name=f"{i} {HOSTILE}") for i, case in enumerate(base.parity[0].cases))
     bad = dataclasses.replace(base.parity[0], candidate=HOSTILE, reference=HOSTILE, cases=cases, failures=(HOSTILE,))
-    assert base.gap
     assert base.bench
     return dataclasses.replace(
         base,
         model=HOSTILE,
         model_type=HOSTILE,
         parity=(bad,),
-        gap=dataclasses.replace(base.gap, baseline=HOSTILE, text=HOSTILE),
         bench=dataclasses.replace(base.bench, device=HOSTILE, backend=HOSTILE),
         artifacts=(dataclasses.replace(base.artifacts[0], path=HOSTILE, notes=(HOSTILE,)),),
         prompt=HOSTILE,
@@ -339,12 +335,12 @@ def test_passing_page_has_the_numbers(pages: dict[str, str]) -> None:
     assert "PASS The exported graphs compute what PyTorch computes." in text
     for expected in (
         "1.74e-7",  # worst of the two graphs: 2.9e-6 * 2.3 / 38.41
-        "+14.1 %",
+        "+11.8 %",
         "6.02×",  # batch 1, cold
         "768 KiB",
         "54.1 MiB",
         "nothing is saved on disk",
-        "71.3 %",
+        "84 %",
         "The capital of France is Paris",
         "32 of 32 tokens equal",
         "no NVIDIA GPU on this machine",
@@ -415,7 +411,7 @@ def test_half_precision_shows_the_oracle() -> None:
 def test_summary() -> None:
     lines = rp.render_summary(passing()).splitlines()
     assert lines[0] == "PASS: the exported graphs compute what PyTorch computes"
-    assert any("perplexity 23 against 20.2" in line and "+14.1 %" in line for line in lines)
+    assert any("perplexity 25.8 against 23 of SmolLM2-135M (+11.8 %)" in line for line in lines)
     assert any(line.startswith("- speed: the head runs at 2.91× to 6.02× the speed") for line in lines)
     assert any("nothing is saved on disk" in line for line in lines)
     failed = rp.render_summary(failing())
@@ -489,7 +485,7 @@ def test_page_shows_the_quality(pages: dict[str, str]) -> None:
     assert "1,122 +4,770 % 1.03 0.0942 0.651 84 % 84.6 % 3 0.041" in text
     assert "INT4 58.57 (+15.5 %) 15.97 (+15.5 %)" in text
     assert "What they write after “The capital of” dense France is Paris. product, M=16 France is | Lyon." in text
-    assert "Quality" not in "".join(Page(pages["passing"]).text)
+    assert "Quality" not in "".join(Page(pages["bare"]).text)
 
 
 def test_frontier_is_what_nothing_beats() -> None:
@@ -546,7 +542,7 @@ def test_quality_in_markdown() -> None:
 def test_quality_comes_back_from_json() -> None:
     assert QualityReport.from_json(json.loads(json.dumps(quality().to_json()))) == quality()
     assert RunReport.from_json(json.loads(json.dumps(with_quality().to_json()))) == with_quality()
-    assert RunReport.from_json({k: v for k, v in passing().to_json().items() if k != "quality"}) == passing()
+    assert RunReport.from_json({k: v for k, v in bare().to_json().items() if k != "quality"}) == bare()
 
 
 WIDTHS = (1280, 390, 360)
@@ -588,7 +584,7 @@ def test_page_in_a_browser(pages: dict[str, str], tmp_path: Path, name: str) -> 
     for width, seen in zip(WIDTHS, browse(tmp_path, pages[name]), strict=True):
         assert seen["width"] in range(width - 20, width + 1)
         assert seen["scroll"] <= seen["width"], f"the page scrolls sideways at {width} px"
-        assert len(seen["plots"]) == (4 if name == "passing" else 6)
+        assert len(seen["plots"]) == (5 if name == "passing" else 6)
         assert all(w > 200 and h > 100 for w, h in seen["plots"])
         assert seen["letters"] > 9
         assert not seen["outside"]

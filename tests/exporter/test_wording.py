@@ -15,7 +15,7 @@ def _report(*, tied: bool, original_tied: bool) -> RunReport:
     return RunReport(
         model="m", model_type="llama", dtype="fp32", spec=spec, tied_embedding=original_tied,
         total_numbers=BACKBONE + embedding + spec.float_numbers,
-        artifacts=(), parity=(), gap=None, bench=None, prompt="", continuation="",
+        artifacts=(), parity=(), bench=None, prompt="", continuation="",
     )  # fmt: skip
 
 
