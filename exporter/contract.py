@@ -30,6 +30,20 @@ GATHER_SCATTER_OUTPUTS: Final = ("logits",)
 NUM_CODEBOOKS: Final = "num_codebooks"
 """Integer attribute of every op: M."""
 
+TOP_K: Final = "VQTopK"
+TOP_K_INPUTS: Final = GATHER_SCATTER_INPUTS
+TOP_K_OUTPUTS: Final = ("values", "ids", "logsumexp")
+"""values float32 [.., k] falling, equal ones by rising id; ids int64 [.., k]; logsumexp float32 [..] over all V."""
+NUM_BEST: Final = "k"
+"""Integer attribute of `VQTopK`: 1 to MAX_BEST, at most V."""
+MAX_BEST: Final = 256
+
+SAMPLE: Final = "VQSample"
+SAMPLE_INPUTS: Final = (*GATHER_SCATTER_INPUTS, "temperature", "uniform")
+"""The same three, temperature float32 [1] above 0, uniform float32 [..] in [0, 1)."""
+SAMPLE_OUTPUTS: Final = ("ids", "logprob")
+"""ids int64 [..]; logprob float32 [..] under softmax(logits / temperature)."""
+
 CODE_BITS: Final = "code_bits"
 """Plugin form only: 8 or 16, the width of the packed code ids."""
 VOCAB_SIZE: Final = "vocab_size"

@@ -52,9 +52,9 @@ def test_a_constant_of_python_is_in_the_header(name):
 
 
 def test_input_numbers_follow_the_order_of_the_inputs():
-    (body,) = re.findall(r"enum GatherScatterInput : int \{(.+?)\}", HEADER)
+    (body,) = re.findall(r"enum Input : int \{(.+?)\}", HEADER)
     numbers = {_python_name(name).lower(): int(number) for name, number in re.findall(r"(k\w+) = (\d+)", body)}
-    assert numbers == {name: number for number, name in enumerate(contract.GATHER_SCATTER_INPUTS)}
+    assert numbers == {name: number for number, name in enumerate(contract.SAMPLE_INPUTS)}
 
 
 def test_element_types_are_those_of_python():
