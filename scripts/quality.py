@@ -11,16 +11,21 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from export_vq.bench import Workload, run_benchmark
 from export_vq.compress import CompressOptions, make_head, with_head
 from export_vq.compress.statistics import OutputLayer, Statistics, hidden_states, quick_matmul
+from export_vq.feeds import Signature
 from export_vq.files import write_text
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel, load_dense, tie_embedding
@@ -29,9 +34,12 @@ from export_vq.quality import RIVALS, continuations
 from export_vq.quality.judge import HeldOut, Rival, measure_heads
 from export_vq.records import HeadQuality, QualityReport
 from export_vq.report import quality_markdown
+from export_vq.rival_graphs import integer_graph
+from export_vq.runners import OrtRunner, native_library
 from export_vq.text import read_text, token_blocks
 from export_vq.trim import bits_per_byte, trim_vocabulary
 from export_vq.tuning import FinetuneOptions, finetune
+from export_vq.workloads import head_inputs, head_workloads
 
 BLOCK = 256
 TUNE_BLOCKS = 128  # of each source: 131,072 tokens in all
@@ -143,6 +151,35 @@ class Work:
         for name, file in files.items():
             self.measured[name] = HeadQuality.load(file)
 
+    def time(self, heads: dict[str, VQHead]) -> None:
+        """How long a row takes in ONNX Runtime: one thread, caches cold as they are in a decode step."""
+        rivals = {f"int{rival.bits}": name for name, rival in RIVALS.items()}
+        for name in [name for name in heads if self.measured[name].head_ms is None]:
+            with tempfile.TemporaryDirectory() as scratch:
+                found = head_times(self.layer, heads[name], Path(scratch), tuple(rivals))
+            others = {"dense": "dense", **rivals}
+            for way, milliseconds in found.items():
+                self._set_time(others.get(way, name), milliseconds)
+            say(f"{name}: " + ", ".join(f"{way} {ms:.3f} ms" for way, ms in found.items()))
+
+    def _set_time(self, name: str, milliseconds: float) -> None:
+        self.measured[name] = dataclasses.replace(self.measured[name], head_ms=milliseconds)
+        self.measured[name].save(self.folder / "measured" / f"{slug(name)}.json")
+
+
+def head_times(layer: OutputLayer, head: VQHead, scratch: Path, rivals: tuple[str, ...]) -> dict[str, float]:
+    """Median milliseconds of one row: 'vq' (native kernels), 'dense', and the dense layer in integers."""
+    with ExitStack() as stack:
+        (work,) = stack.enter_context(head_workloads(head, scratch, batches=(1,), threads=1))
+        runs = {"vq": work.runs["vq"], "dense": work.runs["dense"]}
+        for name in rivals:
+            file = scratch / f"{name}.onnx"
+            ir.save(integer_graph(layer.weight, int(name.removeprefix("int"))), file, external_data=f"{name}.data")
+            runner = stack.enter_context(OrtRunner(file, Signature((), False), threads=1, native=False))
+            runs[name] = runner.bound(head_inputs(head, 1))
+        report = run_benchmark([Workload("head", 1, runs)], threads=1, dtype="fp32", backend="", seconds=0.5)
+    return {timing.runner: timing.median_ms for timing in report.timings if timing.cache == "cold"}
+
 
 def slug(name: str) -> str:
     return re.sub(r"[^\w=]+", "-", name)
@@ -224,6 +261,8 @@ def trimmed(work: Work) -> list[list[str]]:
 
 
 def main() -> None:
+    if native_library() is None:
+        sys.exit("error: the native kernels are not built; build them with: export-vq plugins build")
     model, text, folder = map(Path, sys.argv[1:])
     work = Work(model, text, folder)
     heads = make_heads(work)
@@ -231,9 +270,11 @@ def main() -> None:
     tuned = tune_end_to_end(work, heads)
     writers = {"dense": work.dense, "product M=144": with_head(work.dense, heads["product M=144"]), **tuned}
     samples = continuations(writers, PROMPTS, 32)
+    work.time(heads)
     report = QualityReport("SmolLM2-135M-Instruct", BLOCK, tuple(work.measured.values()), samples)
     report.save(RESULTS / "quality-smollm2.json")
     write_text(RESULTS / "quality-smollm2.svg", frontier_svg(report, "bytes"))
+    write_text(RESULTS / "quality-smollm2-time.svg", frontier_svg(report, "time"))
     rows = trimmed(work)
     table = ["", "### Trimmed vocabularies", ""] + ["| " + " | ".join(row) + " |" for row in rows]
     table.insert(4, "|---|---:|---:|---:|---:|")

@@ -7,7 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=.quality
 mkdir -p $work
 
-scripts/setup.sh cpu,tune
+scripts/setup.sh cpu,tune,plugins
+.venv/bin/export-vq plugins build --no-cuda
 
 gguf=$(scripts/fetch_model.sh $work)
 if [ ! -d $work/text/unseen ]; then

@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "trim": {"errors", "load", "text"},
     "compress": {"codespace", "contract", "errors", "head", "load", "resume", "text", "trim"},
     "quality": {"codespace", "compress", "errors", "head", "load", "records", "require"},
+    "rival_graphs": {"quality"},
     "tuning": {"codespace", "compress", "errors", "head", "load", "records", "require", "resume"},
     "inspection": {"contract", "errors", "files", "forms", "graph", "load", "quality", "records", "text"},
     "steps": {"bundle", "compress", "errors", "files", "graph", "load", "progress", "records", "text", "tuning"},

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from export_vq.require import require
@@ -63,6 +64,21 @@ def _by_row(weight: Tensor, bits: int) -> Quantised:
 
 
 def _by_group(weight: Tensor, bits: int, group: int) -> Quantised:
+    v, d = weight.shape
+    packed, scales = packed_groups(weight, bits, group)
+    # MatMulNBits packs the lower of two neighbours into the lower half of the byte, and takes the middle off.
+    integers = np.stack([packed & 15, packed >> 4], -1) if bits == 4 else packed
+    centred = torch.from_numpy(integers.reshape(*scales.shape, group)).float() - 2 ** (bits - 1)
+    values = centred * torch.from_numpy(scales).float()[:, :, None]
+    return Quantised(values.reshape(v, -1)[:, :d], packed.nbytes + scales.nbytes, scales.size)
+
+
+def packed_groups(weight: Tensor, bits: int, group: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """A weight [V, D] as MatMulNBits takes it: integers uint8 [V, groups, group * bits / 8], scales [V, groups].
+
+    Raises:
+        UserError: ONNX Runtime is missing.
+    """
     native = require("onnxruntime.capi._pybind_state", extra="cpu")  # where ONNX Runtime's own tools find it
     v, d = weight.shape
     groups = -(-d // group)
@@ -71,8 +87,4 @@ def _by_group(weight: Tensor, bits: int, group: int) -> Quantised:
     scales = np.zeros((v, groups), np.float16)
     unused = np.zeros((v, -(-groups * bits // 8)), np.uint8)  # zero points of the asymmetric form
     getattr(native, f"quantize_matmul_{bits}bits")(packed, columns, scales, unused, group, v, d, True)
-    # MatMulNBits packs the lower of two neighbours into the lower half of the byte, and takes the middle off.
-    integers = np.stack([packed & 15, packed >> 4], -1) if bits == 4 else packed
-    centred = torch.from_numpy(integers.reshape(v, groups, group)).float() - 2 ** (bits - 1)
-    values = centred * torch.from_numpy(scales).float()[:, :, None]
-    return Quantised(values.reshape(v, -1)[:, :d], packed.nbytes + scales.nbytes, scales.size)
+    return packed, scales
