@@ -1,7 +1,9 @@
-// AVX-512 VBMI (Ice Lake, Zen 4 and later): product heads in fixed point, 256 look-ups of a byte in two instructions.
+// AVX-512 VBMI (Ice Lake, Zen 4 and later): product heads in fixed point, 256 look-ups of a byte in a few instructions.
 //
-// A row's scores become 24-bit integers of one step, cut into three planes of bytes. Sixty-four tokens are looked up at
-// once, plane by plane, and the sums are exact integers: M is at most 257, so that a plane's sum fits 16 bits.
+// A row's scores become integers of one unit, cut into planes of bytes. Sixty-four tokens are looked up at once, plane
+// by plane, and the sums are exact integers: M is at most 256, so that a plane's sum fits 16 bits. Most codebooks fit
+// three planes; the few whose scores span far more than the others' (after a rotation some always do) have a fourth
+// one, so that they do not coarsen the unit of all.
 #include <immintrin.h>
 
 #include "cpu/isa.h"
@@ -9,20 +11,24 @@
 namespace vq::cpu {
 namespace {
 
-constexpr int64_t kPlanes = 3;
-constexpr int64_t kTable = 256;         // entries of a plane's table
-constexpr uint32_t kMiddle = 1 << 23;   // integers are centred there: 0 to 2^24 - 1
-constexpr int64_t kGroup = 64;          // tokens of one vector of ids
-constexpr int64_t kSums = 2 * kPlanes;  // vectors of 16-bit sums a group: even and odd tokens of each plane
+constexpr int64_t kTable = 256;                   // entries of a plane's table
+constexpr int64_t kAhead = 4096;                  // bytes of ids asked for ahead of time
+constexpr int64_t kGroups = kBlock / kGroup;      // vectors of ids a block
+constexpr int64_t kSums = 2 * kGroups;            // vectors of 16-bit sums a plane: even and odd tokens of each group
+constexpr float kLargest = 16777215.0f - 255.0f;  // of three planes; a little less than 2^24 leaves room for rounding
+constexpr int64_t kWideShare = 6;                 // at most M / kWideShare codebooks have the fourth plane
+constexpr float kWidest = 250.0f;                 // how much wider than the unit's codebooks the fourth plane reaches
 
 struct Range {
     float low, high;
 };
 
+__mmask16 Inside(int64_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1); }
+
 Range RangeOf(const float* scores, int64_t count) {
     __m512 low = _mm512_set1_ps(__builtin_inff()), high = _mm512_set1_ps(-__builtin_inff());
     for (int64_t k = 0; k < count; k += 16) {
-        const auto inside = static_cast<__mmask16>(count - k >= 16 ? 0xffff : (1 << (count - k)) - 1);
+        const __mmask16 inside = Inside(count - k);
         const __m512 part = _mm512_maskz_loadu_ps(inside, scores + k);
         // With the running value second, a NaN in the scores is passed on only once; so it is looked for.
         if (_mm512_mask_cmp_ps_mask(inside, part, part, _CMP_UNORD_Q) != 0) return {0.0f, __builtin_inff()};
@@ -32,112 +38,195 @@ Range RangeOf(const float* scores, int64_t count) {
     return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
 }
 
-// scores [K] -> planes [kPlanes, kTable]: round((score - middle) * per_unit) + kMiddle, byte by byte.
-void CutPlanes(const float* scores, int64_t count, float middle, float per_unit, uint8_t* planes) {
+// The span that three planes cover: the smallest of a falling series that leaves few enough codebooks above it.
+float CoveredSpan(const float* spans, int64_t count) {
+    float widest = 0.0f;
+    for (int64_t m = 0; m < count; ++m) widest = spans[m] > widest ? spans[m] : widest;
+    float covered = widest;
+    for (float next = widest; next * kWidest > widest; next *= 0.875f) {
+        int64_t above = 0;
+        for (int64_t m = 0; m < count; ++m) above += spans[m] > next;
+        if (above > count / kWideShare) break;
+        covered = next;
+    }
+    return covered;
+}
+
+// scores [K] -> planes: round((score - low) / unit), byte by byte; plane p of a codebook stands p * stride further on.
+void CutPlanes(const float* scores, int64_t count, float low, float per_unit, int64_t planes, int64_t stride,
+               uint8_t* out) {
     for (int64_t k = 0; k < count; k += 16) {
-        const auto inside = static_cast<__mmask16>(count - k >= 16 ? 0xffff : (1 << (count - k)) - 1);
-        const __m512 centred = _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, scores + k), _mm512_set1_ps(middle));
-        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(centred, _mm512_set1_ps(per_unit)));
-        whole = _mm512_add_epi32(whole, _mm512_set1_epi32(kMiddle));
-        for (int64_t p = 0; p < kPlanes; ++p) {
-            _mm512_mask_cvtepi32_storeu_epi8(planes + p * kTable + k, inside, whole);
+        const __mmask16 inside = Inside(count - k);
+        const __m512 above = _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, scores + k), _mm512_set1_ps(low));
+        __m512i whole = _mm512_cvtps_epu32(_mm512_mul_ps(above, _mm512_set1_ps(per_unit)));
+        for (int64_t p = 0; p < planes; ++p) {
+            _mm512_mask_cvtepi32_storeu_epi8(out + p * stride + k, inside, whole);
             whole = _mm512_srli_epi32(whole, 8);
         }
     }
 }
 
 bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) {
-    float middles[kMaxFixedCodebooks];
-    float widest = 0.0f;  // half of the widest codebook's span
-    double all = 0.0, offset = 0.0;
+    float lows[kMaxFixedCodebooks], spans[kMaxFixedCodebooks];
+    double lowest = 0.0, all = 0.0;
     for (int64_t m = 0; m < num_codebooks; ++m) {
         const Range range = RangeOf(tables + m * num_codes, num_codes);
-        const float middle = 0.5f * range.low + 0.5f * range.high;
-        const float up = range.high - middle, down = middle - range.low, half = up > down ? up : down;
-        if (!(half < __builtin_inff())) return false;
-        middles[m] = middle;
-        offset += middle;
-        widest = half > widest ? half : widest;
-        all += half;
+        lows[m] = range.low;
+        spans[m] = range.high - range.low;
+        if (!(spans[m] < __builtin_inff())) return false;
+        lowest += range.low;
+        all += spans[m];
     }
-    // One step serves all codebooks. Where one of them spans far more than the others, their scores would lose digits
-    // that float32 keeps.
-    if (widest * static_cast<double>(num_codebooks) > 4.0 * all) return false;
-    // A few integers short of 2^23 leave room for the roundings of the product.
-    const float per_unit = widest > 0.0f ? static_cast<float>(kMiddle - 8) / widest : 1.0f;
+    const float covered = CoveredSpan(spans, num_codebooks);
+    const float per_unit = covered > 0.0f ? kLargest / covered : 1.0f;
     if (!(per_unit < __builtin_inff())) return false;
+    fixed->num_wide = 0;
+    const int64_t stride = num_codebooks * kTable;
     for (int64_t m = 0; m < num_codebooks; ++m) {
-        CutPlanes(tables + m * num_codes, num_codes, middles[m], per_unit, fixed->planes + m * kPlanes * kTable);
+        const bool wide = spans[m] > covered;
+        uint8_t* planes = fixed->planes + m * kTable;
+        CutPlanes(tables + m * num_codes, num_codes, lows[m], per_unit, wide ? 4 : 3, stride, planes);
+        if (wide) fixed->wide[fixed->num_wide++] = static_cast<int16_t>(m);
     }
-    fixed->step = static_cast<float>(1.0 / static_cast<double>(per_unit));
-    fixed->offset = static_cast<float>(offset);
+    const double unit = 1.0 / static_cast<double>(per_unit), step = 65536.0 * unit;
+    fixed->unit = static_cast<float>(unit);
+    fixed->step = static_cast<float>(step);
+    fixed->middle = static_cast<int32_t>(0.5 * all / step);
+    fixed->offset = static_cast<float>(lowest + fixed->middle * step);
     return true;
 }
 
 struct Table {
     __m512i part[4];
 
-    // Seven bits of an id choose within a pair of registers, the eighth between the pairs.
-    __m512i LookUp(__m512i ids, __mmask64 upper) const {
-        return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(part[0], ids, part[1]),
-                                      _mm512_permutex2var_epi8(part[2], ids, part[3]));
+    explicit Table(const uint8_t* entries) {
+        for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(entries + 64 * i);
+    }
+
+    // Six bits of an id choose within a register, the upper two the register.
+    __m512i LookUp(__m512i ids) const {
+        const __mmask64 bit7 = _mm512_movepi8_mask(ids), bit6 = _mm512_movepi8_mask(_mm512_add_epi8(ids, ids));
+        __m512i lower = _mm512_permutexvar_epi8(ids, part[0]), upper = _mm512_permutexvar_epi8(ids, part[2]);
+        lower = _mm512_mask_permutexvar_epi8(lower, bit6, ids, part[1]);
+        upper = _mm512_mask_permutexvar_epi8(upper, bit6, ids, part[3]);
+        return _mm512_mask_blend_epi8(bit7, lower, upper);
     }
 };
 
-// The 16-bit sums of a group to float32 logits, bias included.
-void Finish(const __m512i* sums, int32_t start, float step, float offset, const float* bias, float* out) {
+// One plane's sums over `count` codebooks, `which` of them (null: all): kSums vectors, of whole words and of their
+// upper bytes, which are odd tokens. A word's sum less 256 times its odd token's is the even token's, modulo 2^16.
+void SumPlane(const uint8_t* plane, const Block& block, const int16_t* which, int64_t count, __m512i* sums) {
+    __m512i words[kGroups], odds[kGroups];
+    for (int64_t g = 0; g < kGroups; ++g) words[g] = odds[g] = _mm512_setzero_si512();
+    const auto* ids = static_cast<const uint8_t*>(block.codes);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t m = which == nullptr ? i : which[i];
+        const Table table(plane + m * kTable);
+        const uint8_t* codes = ids + m * kBlock;
+#pragma GCC unroll 8
+        for (int64_t g = 0; g < kGroups; ++g) {
+            // The next codebooks' ids come from far away, and hardware prefetching starts anew at every page.
+            _mm_prefetch(reinterpret_cast<const char*>(codes + g * kGroup + kAhead), _MM_HINT_T0);
+            const __m512i found = table.LookUp(_mm512_loadu_si512(codes + g * kGroup));
+            words[g] = _mm512_add_epi16(words[g], found);
+            odds[g] = _mm512_add_epi16(odds[g], _mm512_srli_epi16(found, 8));
+        }
+    }
+    for (int64_t g = 0; g < kGroups; ++g) {
+        sums[2 * g] = _mm512_sub_epi16(words[g], _mm512_slli_epi16(odds[g], 8));
+        sums[2 * g + 1] = odds[g];
+    }
+}
+
+__m512i Half(__m512i sums, int half) {
+    return _mm512_cvtepu16_epi32(half == 0 ? _mm512_castsi512_si256(sums) : _mm512_extracti64x4_epi64(sums, 1));
+}
+
+// Sixteen even and sixteen odd tokens -> thirty-two in order.
+void Weave(__m512 even, __m512 odd, float* out) {
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    for (int half = 0; half < 2; ++half) {
-        __m512 parity[2];  // even tokens, odd tokens
-        for (int odd = 0; odd < 2; ++odd) {
-            __m512i total = _mm512_set1_epi32(start);
-            for (int64_t p = 0; p < kPlanes; ++p) {
-                const __m512i plane = sums[2 * p + odd];
-                const __m256i part = half == 0 ? _mm512_castsi512_si256(plane) : _mm512_extracti64x4_epi64(plane, 1);
-                total = _mm512_add_epi32(
-                    total, _mm512_slli_epi32(_mm512_cvtepu16_epi32(part), static_cast<unsigned int>(8 * p)));
-            }
-            parity[odd] = _mm512_cvtepi32_ps(total);
-        }
-        for (int part = 0; part < 2; ++part) {
-            const __m512 steps = _mm512_permutex2var_ps(parity[0], part == 0 ? first : second, parity[1]);
-            const int64_t t = 32 * half + 16 * part;
-            __m512 base = _mm512_set1_ps(offset);
-            if (bias != nullptr) base = _mm512_add_ps(base, _mm512_loadu_ps(bias + t));
-            _mm512_storeu_ps(out + t, _mm512_fmadd_ps(steps, _mm512_set1_ps(step), base));
-        }
+    _mm512_storeu_ps(out, _mm512_permutex2var_ps(even, first, odd));
+    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(even, second, odd));
+}
+
+// A row's sums over a block in steps, less the middle: the upper one or two planes, exact in float32.
+void UpperSums(const FixedPoint& fixed, const Block& block, __m512i* upper, __m512i* wide) {
+    const int64_t stride = block.num_codebooks * kTable;
+    SumPlane(fixed.planes + 2 * stride, block, nullptr, block.num_codebooks, upper);
+    SumPlane(fixed.planes + 3 * stride, block, fixed.wide, fixed.num_wide, wide);
+}
+
+__m512 Steps(const FixedPoint& fixed, __m512i upper, __m512i wide, int half) {
+    const __m512i steps = _mm512_add_epi32(Half(upper, half), _mm512_slli_epi32(Half(wide, half), 8));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(steps, _mm512_set1_epi32(fixed.middle)));
+}
+
+void AddBias(const float* bias, float* out) {
+    if (bias == nullptr) return;
+    for (int64_t t = 0; t < kBlock; t += 16) {
+        _mm512_storeu_ps(out + t, _mm512_add_ps(_mm512_loadu_ps(out + t), _mm512_loadu_ps(bias + t)));
     }
 }
 
 void OneRowFixed(const FixedPoint& fixed, const Block& block, float* out) {
-    constexpr int64_t kGroups = kBlock / kGroup;
-    __m512i sums[kGroups * kSums];
-    for (auto& sum : sums) sum = _mm512_setzero_si512();
-    const __m512i low_bytes = _mm512_set1_epi16(255);
-    const auto* ids = static_cast<const uint8_t*>(block.codes);
-    for (int64_t m = 0; m < block.num_codebooks; ++m) {
-        Table tables[kPlanes];
-        for (int64_t i = 0; i < kPlanes * 4; ++i) {
-            tables[i / 4].part[i % 4] = _mm512_loadu_si512(fixed.planes + m * kPlanes * kTable + i * 64);
-        }
-        for (int64_t g = 0; g < kGroups; ++g) {
-            const __m512i codes = _mm512_loadu_si512(ids + m * kBlock + g * kGroup);
-            const __mmask64 upper = _mm512_movepi8_mask(codes);
-            __m512i* sum = sums + g * kSums;
-#pragma GCC unroll 3
-            for (int64_t p = 0; p < kPlanes; ++p) {
-                const __m512i found = tables[p].LookUp(codes, upper);
-                sum[2 * p] = _mm512_add_epi16(sum[2 * p], _mm512_and_si512(found, low_bytes));
-                sum[2 * p + 1] = _mm512_add_epi16(sum[2 * p + 1], _mm512_srli_epi16(found, 8));
+    __m512i upper[kSums], wide[kSums], low[2][kSums];
+    UpperSums(fixed, block, upper, wide);
+    for (int64_t p = 0; p < 2; ++p) {
+        SumPlane(fixed.planes + p * block.num_codebooks * kTable, block, nullptr, block.num_codebooks, low[p]);
+    }
+    const __m512 step = _mm512_set1_ps(fixed.step), unit = _mm512_set1_ps(fixed.unit);
+    const __m512 offset = _mm512_set1_ps(fixed.offset);
+    for (int64_t g = 0; g < kGroups; ++g) {
+        for (int half = 0; half < 2; ++half) {
+            __m512 parity[2];
+            for (int64_t odd = 0; odd < 2; ++odd) {
+                const int64_t i = 2 * g + odd;
+                const __m512i rest =
+                    _mm512_add_epi32(Half(low[0][i], half), _mm512_slli_epi32(Half(low[1][i], half), 8));
+                const __m512 units = _mm512_fmadd_ps(_mm512_cvtepi32_ps(rest), unit, offset);
+                parity[odd] = _mm512_fmadd_ps(Steps(fixed, upper[i], wide[i], half), step, units);
             }
+            Weave(parity[0], parity[1], out + g * kGroup + 32 * half);
         }
     }
-    // Every codebook brought kMiddle, which is taken off again, modulo 2^32.
-    const auto start = static_cast<int32_t>(0u - static_cast<uint32_t>(block.num_codebooks) * kMiddle);
+    AddBias(block.bias, out);
+}
+
+void Scan(const FixedPoint& fixed, const Block& block, float* out) {
+    __m512i upper[kSums], wide[kSums];
+    UpperSums(fixed, block, upper, wide);
+    const float rest = 0.5f * static_cast<float>(block.num_codebooks) * (fixed.step - fixed.unit);
+    const __m512 step = _mm512_set1_ps(fixed.step), offset = _mm512_set1_ps(fixed.offset + rest);
     for (int64_t g = 0; g < kGroups; ++g) {
-        const float* bias = block.bias == nullptr ? nullptr : block.bias + g * kGroup;
-        Finish(sums + g * kSums, start, fixed.step, fixed.offset, bias, out + g * kGroup);
+        for (int half = 0; half < 2; ++half) {
+            const __m512 even = _mm512_fmadd_ps(Steps(fixed, upper[2 * g], wide[2 * g], half), step, offset);
+            const __m512 odd = _mm512_fmadd_ps(Steps(fixed, upper[2 * g + 1], wide[2 * g + 1], half), step, offset);
+            Weave(even, odd, out + g * kGroup + 32 * half);
+        }
+    }
+    AddBias(block.bias, out);
+}
+
+void Refine(const FixedPoint& fixed, const Block& block, int64_t group, float* out) {
+    const uint8_t* plane = fixed.planes + block.num_codebooks * kTable;
+    const uint8_t* codes = static_cast<const uint8_t*>(block.codes) + group * kGroup;
+    __m512i words = _mm512_setzero_si512(), odds = words;
+    for (int64_t m = 0; m < block.num_codebooks; ++m) {
+        const __m512i found = Table(plane + m * kTable).LookUp(_mm512_loadu_si512(codes + m * kBlock));
+        words = _mm512_add_epi16(words, found);
+        odds = _mm512_add_epi16(odds, _mm512_srli_epi16(found, 8));
+    }
+    const __m512i evens = _mm512_sub_epi16(words, _mm512_slli_epi16(odds, 8));
+    // What Scan took for the bytes below its own is taken off again, but for the lowest one.
+    const float mean = 0.5f * 255.0f * static_cast<float>(block.num_codebooks);
+    const __m512 unit = _mm512_set1_ps(256.0f * fixed.unit), middle = _mm512_set1_ps(mean);
+    for (int half = 0; half < 2; ++half) {
+        const __m512 even = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(Half(evens, half)), middle), unit);
+        const __m512 odd = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(Half(odds, half)), middle), unit);
+        float rest[32];
+        Weave(even, odd, rest);
+        for (int64_t t = 0; t < 32; ++t) out[32 * half + t] += rest[t];
     }
 }
 
@@ -148,6 +237,8 @@ const Kernels& Avx512VbmiKernels() {
         Kernels all = Avx512Kernels();
         all.to_fixed_point = ToFixedPoint;
         all.one_row_fixed = OneRowFixed;
+        all.scan = Scan;
+        all.refine = Refine;
         return all;
     }();
     return kernels;

@@ -230,7 +230,7 @@ struct GatherScatter::Job {
     }
 
     void Fixed(int64_t first, int64_t count) const {
-        const int64_t bytes = p.num_codebooks * 3 * 256;
+        const int64_t bytes = p.num_codebooks * FixedPoint::kPlanes * 256;
         std::vector<uint8_t> planes(static_cast<size_t>(count * bytes));
         std::vector<FixedPoint> tables(static_cast<size_t>(count));
         std::vector<const FixedPoint*> fixed;

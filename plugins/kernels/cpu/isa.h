@@ -24,16 +24,25 @@ struct Block {
     int32_t code_bits;  // 8 or 16
 };
 
-// A row's tables in fixed point, for instruction sets that look bytes up (avx512_vbmi.cpp).
-struct FixedPoint {
-    uint8_t* planes;  // [M, 3, 256]
-    float step;
-    float offset;  // what all codes' middles add up to
-};
-
 // Codebooks that fixed point serves: fewer are quick enough without, more could overflow its sums.
 inline constexpr int64_t kMinFixedCodebooks = 8;
 inline constexpr int64_t kMaxFixedCodebooks = 256;
+
+// A row's tables in fixed point, for instruction sets that look bytes up (avx512_vbmi.cpp).
+struct FixedPoint {
+    static constexpr int64_t kPlanes = 4;
+
+    uint8_t* planes;                   // [kPlanes, M, 256], the lowest bytes first
+    int16_t wide[kMaxFixedCodebooks];  // the codebooks that use the fourth plane
+    int64_t num_wide;
+    int32_t middle;  // in steps: taken off the sums of the upper planes, so that float32 holds them
+    float unit;      // of the lowest plane
+    float step;      // of the third plane: 2^16 units
+    float offset;    // what the integers 0 and the middle stand for
+};
+
+// Tokens of one vector of 8-bit ids.
+inline constexpr int64_t kGroup = 64;
 
 struct Kernels {
     // tables [M, K] of one row -> sums [kBlock], bias included.
@@ -46,14 +55,18 @@ struct Kernels {
     void (*widen)(const void* in, Type type, int64_t count, float* out);
     void (*narrow)(const float* in, Type type, int64_t count, void* out);
 
-    // Both null where the instruction set has nothing of the kind.
+    // All null where the instruction set has nothing of the kind.
     //
     // tables [M, K] of one row, K at most 256 -> fixed point; planes are given, the rest is set. Returns false for a
-    // row that must stay in float32: infinities, NaN, or a codebook whose scores span far more than the others' do. A
-    // look-up is then off by one step at most, so a sum by M * 2^-24 of the widest codebook's span.
+    // row that must stay in float32: infinities or NaN. A look-up is then off by half a unit at most, which is 2^-25 of
+    // a span that no more than a sixth of the codebooks exceed.
     bool (*to_fixed_point)(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) = nullptr;
     // 8-bit ids -> sums [kBlock], bias included.
     void (*one_row_fixed)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
+    // The same from the upper planes alone, in a third of the time: off by M / 2 steps at most.
+    void (*scan)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
+    // Makes sums [kGroup] of Scan, those of the block's group, 256 times as exact.
+    void (*refine)(const FixedPoint& fixed, const Block& block, int64_t group, float* sums) = nullptr;
 };
 
 const Kernels& PortableKernels();
