@@ -208,25 +208,59 @@ void Scan(const FixedPoint& fixed, const Block& block, float* out) {
     AddBias(block.bias, out);
 }
 
-void Refine(const FixedPoint& fixed, const Block& block, int64_t group, float* out) {
-    const uint8_t* plane = fixed.planes + block.num_codebooks * kTable;
-    const uint8_t* codes = static_cast<const uint8_t*>(block.codes) + group * kGroup;
-    __m512i words = _mm512_setzero_si512(), odds = words;
-    for (int64_t m = 0; m < block.num_codebooks; ++m) {
-        const __m512i found = Table(plane + m * kTable).LookUp(_mm512_loadu_si512(codes + m * kBlock));
-        words = _mm512_add_epi16(words, found);
-        odds = _mm512_add_epi16(odds, _mm512_srli_epi16(found, 8));
+void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes, float* const* sums) {
+    const uint8_t* plane = fixed.planes + num_codebooks * kTable;
+    __m512i words[kRefined], odds[kRefined];
+    for (int64_t i = 0; i < kRefined; ++i) words[i] = odds[i] = _mm512_setzero_si512();
+    for (int64_t m = 0; m < num_codebooks; ++m) {
+        const Table table(plane + m * kTable);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kRefined; ++i) {
+            const __m512i found = table.LookUp(_mm512_loadu_si512(codes[i] + m * kBlock));
+            words[i] = _mm512_add_epi16(words[i], found);
+            odds[i] = _mm512_add_epi16(odds[i], _mm512_srli_epi16(found, 8));
+        }
     }
-    const __m512i evens = _mm512_sub_epi16(words, _mm512_slli_epi16(odds, 8));
     // What Scan took for the bytes below its own is taken off again, but for the lowest one.
-    const float mean = 0.5f * 255.0f * static_cast<float>(block.num_codebooks);
-    const __m512 unit = _mm512_set1_ps(256.0f * fixed.unit), middle = _mm512_set1_ps(mean);
-    for (int half = 0; half < 2; ++half) {
-        const __m512 even = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(Half(evens, half)), middle), unit);
-        const __m512 odd = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(Half(odds, half)), middle), unit);
-        float rest[32];
-        Weave(even, odd, rest);
-        for (int64_t t = 0; t < 32; ++t) out[32 * half + t] += rest[t];
+    const __m512 middle = _mm512_set1_ps(0.5f * 255.0f * static_cast<float>(num_codebooks));
+    const __m512 unit = _mm512_set1_ps(256.0f * fixed.unit);
+    for (int64_t i = 0; i < kRefined; ++i) {
+        const __m512i evens = _mm512_sub_epi16(words[i], _mm512_slli_epi16(odds[i], 8));
+        for (int half = 0; half < 2; ++half) {
+            float rest[32];
+            Weave(_mm512_sub_ps(_mm512_cvtepi32_ps(Half(evens, half)), middle),
+                  _mm512_sub_ps(_mm512_cvtepi32_ps(Half(odds[i], half)), middle), rest);
+            for (int64_t t = 0; t < 32; t += 16) {
+                float* out = sums[i] + 32 * half + t;
+                _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_loadu_ps(rest + t), unit, _mm512_loadu_ps(out)));
+            }
+        }
+    }
+}
+
+// exp(x - peak) for x - peak from -infinity to 1: 2^n 2^f, f at most a half, by six terms of its series, which leave
+// out less than 2^-18.
+__m512 Exponential(__m512 x, __m512 peak) {
+    const __m512 log2e = _mm512_set1_ps(1.44269504f);
+    const __m512 power = _mm512_max_ps(_mm512_mul_ps(_mm512_sub_ps(x, peak), log2e), _mm512_set1_ps(-1000.0f));
+    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(power, whole);
+    __m512 sum = _mm512_set1_ps(1.33335581e-3f);  // ln(2)^n / n!
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(9.61812911e-3f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(5.55041087e-2f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.40226507e-1f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(6.93147181e-1f));
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+void Weigh(const float* x, int64_t groups, float peak, float* masses) {
+    const __m512 top = _mm512_set1_ps(peak);
+    for (int64_t g = 0; g < groups; ++g) {
+        __m512 parts[kGroup / 16];
+        for (int64_t i = 0; i < kGroup / 16; ++i) parts[i] = Exponential(_mm512_loadu_ps(x + g * kGroup + 16 * i), top);
+        masses[g] =
+            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3])));
     }
 }
 
@@ -239,6 +273,7 @@ const Kernels& Avx512VbmiKernels() {
         all.one_row_fixed = OneRowFixed;
         all.scan = Scan;
         all.refine = Refine;
+        all.weigh = Weigh;
         return all;
     }();
     return kernels;

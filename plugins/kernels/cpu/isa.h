@@ -44,6 +44,9 @@ struct FixedPoint {
 // Tokens of one vector of 8-bit ids.
 inline constexpr int64_t kGroup = 64;
 
+// Groups refined at once: they share the reading of the tables.
+inline constexpr int64_t kRefined = 4;
+
 struct Kernels {
     // tables [M, K] of one row -> sums [kBlock], bias included.
     void (*one_row)(const float* tables, const Block& block, float* sums);
@@ -65,8 +68,12 @@ struct Kernels {
     void (*one_row_fixed)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
     // The same from the upper planes alone, in a third of the time: off by M / 2 steps at most.
     void (*scan)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
-    // Makes sums [kGroup] of Scan, those of the block's group, 256 times as exact.
-    void (*refine)(const FixedPoint& fixed, const Block& block, int64_t group, float* sums) = nullptr;
+    // Makes the sums of Scan of kRefined groups 256 times as exact. codes: each group's ids of the first codebook, in
+    // its block; sums: each group's [kGroup]. A group may stand there twice with the sums of another.
+    void (*refine)(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes,
+                   float* const* sums) = nullptr;
+    // masses [groups]: the sum of exp(x - peak) over x [kGroup] each, x - peak at most 1, off by 2^-16 of it at most.
+    void (*weigh)(const float* x, int64_t groups, float peak, float* masses) = nullptr;
 };
 
 const Kernels& PortableKernels();

@@ -1,0 +1,59 @@
+// Top-k of a product head, most tokens looked up in eight bits: for instruction sets that look bytes up (isa.h).
+//
+// All tokens are summed from the upper byte of each score first, in the manner of fast-scan product quantisation. What
+// that leaves out is bounded, so that only tokens that can still be among the k best are summed in float32: values and
+// ids are those of a full pass. The normaliser is a sum over all tokens; groups of tokens that hold much of it get their
+// next byte too, until four standard deviations of what is left out are below 2^-12 of the sum.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu/candidates.h"
+#include "cpu/dispatch.h"
+#include "cpu/packed_codes.h"
+
+namespace vq::cpu {
+
+class FastScan {
+public:
+    // Whether there is such a path for this head.
+    static bool Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes);
+
+    // One call's scratch: 4 bytes a token, which stay in the second cache. All must outlive this.
+    FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t k,
+             const ParallelFor& parallel, int64_t threads);
+
+    // scores float32 [M*K] -> values [k] and ids [k] as TopK::Run orders them, and the logsumexp of all V. False, and
+    // nothing done, for a row that fixed point cannot hold.
+    bool Row(const float* scores, float* values, int64_t* ids, float* logsumexp);
+
+private:
+    void ScanAll();
+    void Weigh();
+    void RefineWhatWeighs();
+    void Refine(const std::vector<int64_t>& groups);
+    void PickBest(const float* scores, Candidates& best);
+    float KthPeak(int64_t k);
+    float Exact(const float* scores, int64_t token) const;
+    // How far the sums of a group are off at most.
+    float Error(int64_t group) const { return refined_[static_cast<size_t>(group)] ? fine_error_ : error_; }
+    const uint8_t* Ids(int64_t token) const;  // of the first codebook
+    float* Sums(int64_t group) { return sums_.get() + group * kGroup; }
+
+    const PackedCodes& codes_;
+    const Kernels& kernels_;
+    int64_t num_codes_, k_;
+    const ParallelFor& parallel_;
+    int64_t threads_, groups_;
+    std::unique_ptr<uint8_t[]> planes_;
+    std::unique_ptr<float[]> sums_;  // [blocks * kBlock], -infinity behind the last token
+    std::vector<float> peaks_, masses_, tops_, sorted_;  // [groups]: largest sum, sum of exp(x - peak_), its largest term
+    std::vector<uint8_t> refined_;                       // [groups]
+    FixedPoint fixed_;
+    float error_ = 0.0f, fine_error_ = 0.0f, peak_ = 0.0f;
+    double total_ = 0.0;
+};
+
+}  // namespace vq::cpu

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Times whole decode steps of a model in ONNX Runtime: full softmax, VQ logits, VQ top-k, all in the same run.
+
+    .venv/bin/python scripts/bench_decode.py .demo/model.pt -o docs/results/bench_decode.json
+
+Every way ends in the best token: by an argmax over V logits where the graph gives logits, by the graph itself where it
+gives the top k. The head's share is the time of the head alone over that of the step, both with cold caches: the rest of
+the step evicts what the head would like to keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from export_vq import feeds
+from export_vq.bench import Workload, run_benchmark
+from export_vq.graph import ExportOptions, export_onnx, head_graph
+from export_vq.layers import HeadOutput
+from export_vq.load import LoadedModel, load_model
+from export_vq.records import BenchReport
+from export_vq.runners import OrtRunner, native_library, signature_of
+from export_vq.workloads import head_inputs
+
+TOP_K = 50
+WAYS = {  # head kind, its output
+    "VQ top-k": ("vq", "topk"),
+    "VQ logits": ("vq", "logits"),
+    "dense, then top-k": ("dense", "topk"),
+    "dense logits": ("dense", "logits"),
+}
+
+
+def outputs() -> dict[str, HeadOutput]:
+    return {"topk": HeadOutput("topk", TOP_K, last_token=True), "logits": HeadOutput(last_token=True)}
+
+
+def best_token(runner: OrtRunner, given: feeds.Feeds) -> Callable[[], int]:
+    """A step that ends in a token id; the cache stays where it is, so that every run is the same step."""
+    run = runner.bound(given)
+    last = runner.infer(given)
+    if "ids" in last:
+        return lambda: run() or int(last["ids"][0, -1, 0])
+    logits = last["logits"]
+
+    def step() -> int:
+        run()
+        return int(np.argmax(logits[0, -1]))
+
+    return step
+
+
+def measure(loaded: LoadedModel, threads: int, prompt: int, seconds: float, folder: Path) -> BenchReport:
+    """Decode steps and heads alone on so many threads."""
+    with ExitStack() as stack:
+        steps, heads = {}, {}
+        for output, wanted in outputs().items():
+            options = ExportOptions(output=output, top_k=TOP_K, last_token=True)
+            artifacts = export_onnx(loaded, folder / output, options)
+            for name, (kind, its_output) in WAYS.items():
+                if its_output != output:
+                    continue
+                native = kind == "vq"
+                artifact = artifacts[kind]
+                runner = stack.enter_context(
+                    OrtRunner(folder / output / artifact.path, signature_of(artifact), threads=threads, native=native)
+                )
+                ids = np.random.default_rng(0).integers(0, loaded.spec.vocab_size, (1, prompt))
+                steps[name] = best_token(runner, feeds.first_step(runner, ids))
+                assert loaded.head is not None
+                file = folder / f"{output}-{kind}.onnx"
+                ir.save(head_graph(loaded.head, kind, output=wanted), file, external_data=f"{output}-{kind}.data")
+                alone = stack.enter_context(
+                    OrtRunner(file, feeds.Signature((), False), threads=threads, native=native)
+                )
+                heads[name] = alone.bound(head_inputs(loaded.head, 1))
+                if native:
+                    runner.demand_native()
+        return run_benchmark(
+            [Workload("decode step", 1, steps), Workload("head", 1, heads)],
+            threads=threads,
+            dtype="fp32",
+            backend=f"ONNX Runtime {onnxruntime.__version__}",
+            seconds=seconds,
+        )
+
+
+def table(report: BenchReport) -> str:
+    times = {(t.subject, t.runner, t.cache): t.median_ms for t in report.timings}
+    lines = [f"{'way':20} {'step ms':>9} {'tokens/s':>9} {'head ms, cold':>14} {'head share':>11}"]
+    for way in WAYS:
+        step, head = times["decode step", way, "warm"], times["head", way, "cold"]
+        lines.append(f"{way:20} {step:9.2f} {1000 / step:9.1f} {head:14.3f} {head / step:10.1%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a VQ-Logits model.pt or Hugging Face folder")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="ONNX Runtime's intra-op threads")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each way and cache state")
+    parser.add_argument("-o", "--output", type=Path, help="write all timings there as JSON")
+    args = parser.parse_args()
+    if native_library() is None:
+        parser.exit(2, "error: the native kernels are not built; build them with: export-vq plugins build\n")
+    loaded = load_model(args.model)
+    reports = []
+    for threads in args.threads:
+        with tempfile.TemporaryDirectory() as scratch:
+            report = measure(loaded, threads, args.prompt, args.seconds, Path(scratch))
+        reports.append(report)
+        print(f"\n{args.model.name}, {threads} threads; {report.backend}; {report.device}\n{table(report)}", flush=True)
+    if args.output:
+        timings = tuple(
+            dataclasses.replace(t, subject=f"{t.subject}, {r.threads} threads") for r in reports for t in r.timings
+        )
+        dataclasses.replace(reports[0], timings=timings).save(args.output)
+
+
+if __name__ == "__main__":
+    main()
