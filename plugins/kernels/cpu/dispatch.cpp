@@ -77,4 +77,12 @@ void Widen(const void* in, Type type, int64_t count, float* out) {
     }
 }
 
+Widened::Widened(const Kernels& kernels, const void* in, Type type, int64_t count)
+    : data_(static_cast<const float*>(in)) {
+    if (type == Type::kFloat32) return;
+    copy_.resize(static_cast<size_t>(count));
+    kernels.widen(in, type, count, copy_.data());
+    data_ = copy_.data();
+}
+
 }  // namespace vq::cpu

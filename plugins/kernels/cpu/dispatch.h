@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "vq/shape.h"
 
@@ -36,5 +37,16 @@ void Widen(const void* in, Type type, int64_t count, float* out);
 
 struct Kernels;
 const Kernels& KernelsOf(Isa isa);
+
+// `count` numbers of T as float32, copied only where they are not float32 already.
+class Widened {
+public:
+    Widened(const Kernels& kernels, const void* in, Type type, int64_t count);
+    const float* data() const { return data_; }
+
+private:
+    std::vector<float> copy_;
+    const float* data_;
+};
 
 }  // namespace vq::cpu

@@ -109,14 +109,8 @@ void GatherScatter::Run(const void* code_logits, void* logits, int64_t rows, int
                         const ParallelFor& parallel, int64_t threads) const {
     if (rows == 0) return;
     const PackedCodes& codes = packed_->codes;
-    std::vector<float> widened;
-    const auto* scores = static_cast<const float*>(code_logits);
-    if (type != Type::kFloat32) {
-        widened.resize(static_cast<size_t>(rows * codes.num_codebooks * num_codes));
-        packed_->kernels->widen(code_logits, type, static_cast<int64_t>(widened.size()), widened.data());
-        scores = widened.data();
-    }
-    Job{*packed_, codes, scores, rows, num_codes, static_cast<char*>(logits), type, parallel, threads}.Run();
+    const Widened scores(*packed_->kernels, code_logits, type, rows * codes.num_codebooks * num_codes);
+    Job{*packed_, codes, scores.data(), rows, num_codes, static_cast<char*>(logits), type, parallel, threads}.Run();
 }
 
 }  // namespace vq::cpu

@@ -35,6 +35,22 @@ struct FixedPoint {
 inline constexpr int64_t kMinFixedCodebooks = 8;
 inline constexpr int64_t kMaxFixedCodebooks = 256;
 
+// What top-k, normaliser and sampling are made of.
+struct Decode {
+    // out = a + b, each [count]; out may be either.
+    void (*add)(const float* a, const float* b, int64_t count, float* out);
+    // most = the larger of most and x, each [count]; NaN in x is passed over.
+    void (*raise)(const float* x, int64_t count, float* most);
+    // The largest of x [count], NaN passed over; -infinity where there is none.
+    float (*largest)(const float* x, int64_t count);
+    // x [count] becomes exp((x - peak) * scale), where (x - peak) * scale is 0 at most; returns the sum. Every number
+    // is off by less than 2^-22 of it, and by what rounding its exponent to float32 does; below 2^-126 it is 0. NaN
+    // stays.
+    float (*exponentials)(float* x, int64_t count, float peak, float scale);
+    // The places of x [count] that hold `least` or more, rising; returns how many. picks [count]. NaN is no pick.
+    int64_t (*select)(const float* x, int64_t count, float least, int32_t* picks);
+};
+
 struct Kernels {
     // tables [M, K] of one row -> sums [kBlock], bias included.
     void (*one_row)(const float* tables, const Block& block, float* sums);
@@ -45,6 +61,7 @@ struct Kernels {
     // count numbers of a half type to float32, and back, rounded to nearest even.
     void (*widen)(const void* in, Type type, int64_t count, float* out);
     void (*narrow)(const float* in, Type type, int64_t count, void* out);
+    Decode decode;
 
     // Both null where the instruction set has nothing of the kind.
     //
