@@ -6,6 +6,7 @@
 namespace vq::cpu {
 namespace {
 
+#include "cpu/decode.inl"
 #include "cpu/generic.inl"
 
 __m256i Load8(const uint8_t* ids) {
@@ -58,7 +59,7 @@ void NarrowAvx2(const float* in, Type type, int64_t count, void* out) {
 }  // namespace
 
 const Kernels& Avx2Kernels() {
-    static constexpr Kernels kKernels{OneRow, EightRows, Interleave, WidenAvx2, NarrowAvx2};
+    static constexpr Kernels kKernels{OneRow, EightRows, Interleave, WidenAvx2, NarrowAvx2, kDecode};
     return kKernels;
 }
 

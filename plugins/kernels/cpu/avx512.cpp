@@ -6,6 +6,7 @@
 namespace vq::cpu {
 namespace {
 
+#include "cpu/decode.inl"
 #include "cpu/generic.inl"
 
 __m512i Load16(const uint8_t* ids) {
@@ -84,7 +85,7 @@ void OneRow(const float* tables, const Block& block, float* sums) {
 
 // Whoever has AVX-512 has AVX2, and its conversions of halves serve here too.
 const Kernels& Avx512Kernels() {
-    static const Kernels kernels{OneRow, EightRows, Interleave, Avx2Kernels().widen, Avx2Kernels().narrow};
+    static const Kernels kernels{OneRow, EightRows, Interleave, Avx2Kernels().widen, Avx2Kernels().narrow, kDecode};
     return kernels;
 }
 

@@ -52,18 +52,31 @@ float CoveredSpan(const float* spans, int64_t count) {
     return covered;
 }
 
+// What the lower bytes of a codebook's integers are, summed over its K codes.
+struct LowerBytes {
+    double both, upper, squares;  // of two bytes, of the upper one in units of 256, of two bytes squared
+};
+
 // scores [K] -> planes: round((score - low) / unit), byte by byte; plane p of a codebook stands p * stride further on.
-void CutPlanes(const float* scores, int64_t count, float low, float per_unit, int64_t planes, int64_t stride,
-               uint8_t* out) {
+LowerBytes CutPlanes(const float* scores, int64_t count, float low, float per_unit, int64_t planes, int64_t stride,
+                     uint8_t* out) {
+    __m512 both = _mm512_setzero_ps(), upper = both, squares = both;
     for (int64_t k = 0; k < count; k += 16) {
         const __mmask16 inside = Inside(count - k);
-        const __m512 above = _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, scores + k), _mm512_set1_ps(low));
+        const __m512 above =
+            _mm512_maskz_sub_ps(inside, _mm512_maskz_loadu_ps(inside, scores + k), _mm512_set1_ps(low));
         __m512i whole = _mm512_cvtps_epu32(_mm512_mul_ps(above, _mm512_set1_ps(per_unit)));
+        const __m512 rest = _mm512_cvtepi32_ps(_mm512_and_si512(whole, _mm512_set1_epi32(0xffff)));
+        both = _mm512_add_ps(both, rest);
+        squares = _mm512_fmadd_ps(rest, rest, squares);
+        upper = _mm512_add_ps(
+            upper, _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(whole, 8), _mm512_set1_epi32(0xff))));
         for (int64_t p = 0; p < planes; ++p) {
             _mm512_mask_cvtepi32_storeu_epi8(out + p * stride + k, inside, whole);
             whole = _mm512_srli_epi32(whole, 8);
         }
     }
+    return {_mm512_reduce_add_ps(both), _mm512_reduce_add_ps(upper), _mm512_reduce_add_ps(squares)};
 }
 
 bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) {
@@ -78,21 +91,32 @@ bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes,
         all += spans[m];
     }
     const float covered = CoveredSpan(spans, num_codebooks);
-    const float per_unit = covered > 0.0f ? kLargest / covered : 1.0f;
+    // Without any span all integers are 0, whatever the unit.
+    const float per_unit = kLargest / (covered > 0.0f ? covered : 0x1p-40f);
     if (!(per_unit < __builtin_inff())) return false;
     fixed->num_wide = 0;
     const int64_t stride = num_codebooks * kTable;
+    double rest = 0.0, upper = 0.0, variance = 0.0, error = 0.0;
     for (int64_t m = 0; m < num_codebooks; ++m) {
         const bool wide = spans[m] > covered;
-        uint8_t* planes = fixed->planes + m * kTable;
-        CutPlanes(tables + m * num_codes, num_codes, lows[m], per_unit, wide ? 4 : 3, stride, planes);
+        const LowerBytes bytes = CutPlanes(tables + m * num_codes, num_codes, lows[m], per_unit, wide ? 4 : 3, stride,
+                                           fixed->planes + m * kTable);
         if (wide) fixed->wide[fixed->num_wide++] = static_cast<int16_t>(m);
+        const double mean = bytes.both / static_cast<double>(num_codes);
+        rest += mean;
+        upper += 256.0 * bytes.upper / static_cast<double>(num_codes);
+        variance += bytes.squares / static_cast<double>(num_codes) - mean * mean;
+        error += mean > 32768.0 ? mean : 65536.0 - mean;
     }
     const double unit = 1.0 / static_cast<double>(per_unit), step = 65536.0 * unit;
     fixed->unit = static_cast<float>(unit);
     fixed->step = static_cast<float>(step);
     fixed->middle = static_cast<int32_t>(0.5 * all / step);
     fixed->offset = static_cast<float>(lowest + fixed->middle * step);
+    fixed->rest = static_cast<float>(rest * unit);
+    fixed->upper_rest = static_cast<float>(upper * unit);
+    fixed->deviation = static_cast<float>(__builtin_sqrt(variance > 0.0 ? variance : 0.0) * unit);
+    fixed->error = static_cast<float>(error * unit);
     return true;
 }
 
@@ -196,8 +220,7 @@ void OneRowFixed(const FixedPoint& fixed, const Block& block, float* out) {
 void Scan(const FixedPoint& fixed, const Block& block, float* out) {
     __m512i upper[kSums], wide[kSums];
     UpperSums(fixed, block, upper, wide);
-    const float rest = 0.5f * static_cast<float>(block.num_codebooks) * (fixed.step - fixed.unit);
-    const __m512 step = _mm512_set1_ps(fixed.step), offset = _mm512_set1_ps(fixed.offset + rest);
+    const __m512 step = _mm512_set1_ps(fixed.step), offset = _mm512_set1_ps(fixed.offset + fixed.rest);
     for (int64_t g = 0; g < kGroups; ++g) {
         for (int half = 0; half < 2; ++half) {
             const __m512 even = _mm512_fmadd_ps(Steps(fixed, upper[2 * g], wide[2 * g], half), step, offset);
@@ -221,18 +244,16 @@ void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const
             odds[i] = _mm512_add_epi16(odds[i], _mm512_srli_epi16(found, 8));
         }
     }
-    // What Scan took for the bytes below its own is taken off again, but for the lowest one.
-    const __m512 middle = _mm512_set1_ps(0.5f * 255.0f * static_cast<float>(num_codebooks));
-    const __m512 unit = _mm512_set1_ps(256.0f * fixed.unit);
+    const __m512 unit = _mm512_set1_ps(256.0f * fixed.unit), mean = _mm512_set1_ps(fixed.upper_rest);
     for (int64_t i = 0; i < kRefined; ++i) {
         const __m512i evens = _mm512_sub_epi16(words[i], _mm512_slli_epi16(odds[i], 8));
         for (int half = 0; half < 2; ++half) {
             float rest[32];
-            Weave(_mm512_sub_ps(_mm512_cvtepi32_ps(Half(evens, half)), middle),
-                  _mm512_sub_ps(_mm512_cvtepi32_ps(Half(odds[i], half)), middle), rest);
+            Weave(_mm512_fmsub_ps(_mm512_cvtepi32_ps(Half(evens, half)), unit, mean),
+                  _mm512_fmsub_ps(_mm512_cvtepi32_ps(Half(odds[i], half)), unit, mean), rest);
             for (int64_t t = 0; t < 32; t += 16) {
                 float* out = sums[i] + 32 * half + t;
-                _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_loadu_ps(rest + t), unit, _mm512_loadu_ps(out)));
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(rest + t), _mm512_loadu_ps(out)));
             }
         }
     }

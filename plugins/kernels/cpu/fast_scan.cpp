@@ -14,6 +14,8 @@ constexpr int64_t kMinVocabulary = 4096;
 // A group with this share of the normaliser is refined; where that leaves too much out, those with a quarter of it, ...
 constexpr double kShare = 1.0 / 2048.0;
 constexpr double kTolerance = 1.0 / 4096.0;
+// A token with this share is summed in full: of a few of them, the byte that refining leaves out would still show.
+constexpr double kMost = 1.0 / 256.0;
 constexpr int64_t kPartsOfASum = 4;
 
 }  // namespace
@@ -48,12 +50,13 @@ bool FastScan::Row(const float* scores, float* values, int64_t* ids, float* logs
     ScanAll();
     peak_ = *std::max_element(peaks_.begin(), peaks_.end());
     if (!(std::abs(peak_) < kInfinity)) return false;
-    // Half a step a codebook, and the roundings of float32, of which there are fewer than eight.
+    // The roundings of float32, of which there are fewer than eight.
     const float rounding = 0x1p-21f * (std::abs(fixed_.offset) + std::abs(peak_) + fixed_.step * static_cast<float>(m));
-    error_ = 0.5f * static_cast<float>(m) * fixed_.step + rounding;
-    fine_error_ = 0x1p-8f * error_ + rounding;
+    error_ = fixed_.error + rounding;
+    fine_error_ = 256.0f * fixed_.unit * static_cast<float>(m) + rounding;
     Weigh();
     RefineWhatWeighs();
+    SumWhatWeighsMost(scores);
     Candidates best(k_);
     PickBest(scores, best);
     best.Finish(values, ids);
@@ -84,9 +87,6 @@ void FastScan::Weigh() {
 }
 
 void FastScan::RefineWhatWeighs() {
-    // Bytes left out are uniform: their variance is a twelfth of a step's square a codebook.
-    const double step = static_cast<double>(fixed_.step);
-    const double deviation = step * std::sqrt(static_cast<double>(codes_.num_codebooks) / 12.0);
     total_ = 0.0;
     for (const float mass : masses_) total_ += static_cast<double>(mass);
     std::vector<int64_t> heavy;
@@ -103,7 +103,20 @@ void FastScan::RefineWhatWeighs() {
             }
         }
         Refine(heavy);
-        if (4.0 * deviation * std::sqrt(left) <= kTolerance * total_) break;
+        if (4.0 * static_cast<double>(fixed_.deviation) * std::sqrt(left) <= kTolerance * total_) break;
+    }
+}
+
+void FastScan::SumWhatWeighsMost(const float* scores) {
+    const float least = peak_ + static_cast<float>(std::log(kMost * total_));
+    int32_t picks[kGroup];
+    for (int64_t g = 0; g < groups_; ++g) {
+        const auto i = static_cast<size_t>(g);
+        if (peaks_[i] < least) continue;
+        const int64_t found = kernels_.decode.select(Sums(g), kGroup, least, picks);
+        for (int64_t t = 0; t < found; ++t) Sums(g)[picks[t]] = Exact(scores, g * kGroup + picks[t]);
+        kernels_.weigh(Sums(g), 1, peak_, &masses_[i]);
+        peaks_[i] = kernels_.decode.largest(Sums(g), kGroup);
     }
     total_ = 0.0;
     for (const float mass : masses_) total_ += static_cast<double>(mass);

@@ -2,8 +2,8 @@
 //
 // All tokens are summed from the upper byte of each score first, in the manner of fast-scan product quantisation. What
 // that leaves out is bounded, so that only tokens that can still be among the k best are summed in float32: values and
-// ids are those of a full pass. The normaliser is a sum over all tokens; groups of tokens that hold much of it get their
-// next byte too, until four standard deviations of what is left out are below 2^-12 of the sum.
+// ids are those of a full pass. The normaliser is a sum over all tokens; groups of tokens that hold much of it get
+// their next byte too, until four standard deviations of what is left out are below 2^-12 of the sum.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,7 @@ private:
     void ScanAll();
     void Weigh();
     void RefineWhatWeighs();
+    void SumWhatWeighsMost(const float* scores);
     void Refine(const std::vector<int64_t>& groups);
     void PickBest(const float* scores, Candidates& best);
     float KthPeak(int64_t k);
@@ -49,8 +50,9 @@ private:
     int64_t threads_, groups_;
     std::unique_ptr<uint8_t[]> planes_;
     std::unique_ptr<float[]> sums_;  // [blocks * kBlock], -infinity behind the last token
-    std::vector<float> peaks_, masses_, tops_, sorted_;  // [groups]: largest sum, sum of exp(x - peak_), its largest term
-    std::vector<uint8_t> refined_;                       // [groups]
+    std::vector<float> peaks_, masses_, tops_,
+        sorted_;                    // [groups]: largest sum, sum of exp(x - peak_), its largest term
+    std::vector<uint8_t> refined_;  // [groups]
     FixedPoint fixed_;
     float error_ = 0.0f, fine_error_ = 0.0f, peak_ = 0.0f;
     double total_ = 0.0;

@@ -39,6 +39,10 @@ struct FixedPoint {
     float unit;      // of the lowest plane
     float step;      // of the third plane: 2^16 units
     float offset;    // what the integers 0 and the middle stand for
+
+    // What the two lower planes add to a sum when all codes are equally likely, in logits: the mean of both and of the
+    // upper one, the standard deviation of both, and how far from their mean they are at most.
+    float rest, upper_rest, deviation, error;
 };
 
 // Tokens of one vector of 8-bit ids.
@@ -46,6 +50,22 @@ inline constexpr int64_t kGroup = 64;
 
 // Groups refined at once: they share the reading of the tables.
 inline constexpr int64_t kRefined = 4;
+
+// What top-k, normaliser and sampling are made of.
+struct Decode {
+    // out = a + b, each [count]; out may be either.
+    void (*add)(const float* a, const float* b, int64_t count, float* out);
+    // most = the larger of most and x, each [count]; NaN in x is passed over.
+    void (*raise)(const float* x, int64_t count, float* most);
+    // The largest of x [count], NaN passed over; -infinity where there is none.
+    float (*largest)(const float* x, int64_t count);
+    // x [count] becomes exp((x - peak) * scale), where (x - peak) * scale is 0 at most; returns the sum. Every number
+    // is off by less than 2^-22 of it, and by what rounding its exponent to float32 does; below 2^-126 it is 0. NaN
+    // stays.
+    float (*exponentials)(float* x, int64_t count, float peak, float scale);
+    // The places of x [count] that hold `least` or more, rising; returns how many. picks [count]. NaN is no pick.
+    int64_t (*select)(const float* x, int64_t count, float least, int32_t* picks);
+};
 
 struct Kernels {
     // tables [M, K] of one row -> sums [kBlock], bias included.
@@ -57,6 +77,7 @@ struct Kernels {
     // count numbers of a half type to float32, and back, rounded to nearest even.
     void (*widen)(const void* in, Type type, int64_t count, float* out);
     void (*narrow)(const float* in, Type type, int64_t count, void* out);
+    Decode decode;
 
     // All null where the instruction set has nothing of the kind.
     //
@@ -66,7 +87,8 @@ struct Kernels {
     bool (*to_fixed_point)(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) = nullptr;
     // 8-bit ids -> sums [kBlock], bias included.
     void (*one_row_fixed)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
-    // The same from the upper planes alone, in a third of the time: off by M / 2 steps at most.
+    // The same from the upper planes alone and the mean of the others, in a third of the time: off by fixed.error and
+    // the roundings of float32 at most.
     void (*scan)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
     // Makes the sums of Scan of kRefined groups 256 times as exact. codes: each group's ids of the first codebook, in
     // its block; sums: each group's [kGroup]. A group may stand there twice with the sums of another.

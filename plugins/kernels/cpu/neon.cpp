@@ -6,6 +6,7 @@
 namespace vq::cpu {
 namespace {
 
+#include "cpu/decode.inl"
 #include "cpu/generic.inl"
 
 void WidenNeon(const void* in, Type type, int64_t count, float* out) {
@@ -27,7 +28,7 @@ void NarrowNeon(const float* in, Type type, int64_t count, void* out) {
 }  // namespace
 
 const Kernels& NeonKernels() {
-    static constexpr Kernels kKernels{OneRowByLoads, EightRows, Interleave, WidenNeon, NarrowNeon};
+    static constexpr Kernels kKernels{OneRowByLoads, EightRows, Interleave, WidenNeon, NarrowNeon, kDecode};
     return kKernels;
 }
 

@@ -4,12 +4,13 @@
 namespace vq::cpu {
 namespace {
 
+#include "cpu/decode.inl"
 #include "cpu/generic.inl"
 
 }  // namespace
 
 const Kernels& PortableKernels() {
-    static constexpr Kernels kKernels{OneRowByLoads, EightRows, Interleave, Widen, Narrow};
+    static constexpr Kernels kKernels{OneRowByLoads, EightRows, Interleave, Widen, Narrow, kDecode};
     return kKernels;
 }
 
