@@ -1,6 +1,7 @@
 #include "vq/shape.h"
 
 #include <cstring>
+#include <limits>
 
 namespace vq {
 
@@ -31,6 +32,12 @@ std::string CheckCodes(const int32_t* codes, const GatherScatterShape& shape) {
         }
     }
     return {};
+}
+
+std::string CheckTemperature(float temperature) {
+    if (temperature > 0.0f && temperature <= std::numeric_limits<float>::max()) return {};
+    return "temperature is " + std::to_string(temperature) +
+           ", expected above 0 and finite (the most likely token is VQTopK's with k = 1)";
 }
 
 void PackCodes(const int32_t* codes, int64_t vocab_size, int64_t num_codebooks, int32_t code_bits, uint32_t* words) {

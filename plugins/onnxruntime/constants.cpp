@@ -102,4 +102,10 @@ int64_t NumBest(const OrtKernelInfo* info, const Constants& constants) {
     return k;
 }
 
+void CheckUniform(const std::vector<int64_t>& uniform, const std::vector<int64_t>& expected) {
+    if (uniform == expected) return;
+    Refuse("uniform has shape " + Written(uniform) + ", expected " + Written(expected) +
+           ": one number for each row of code_logits");
+}
+
 }  // namespace vq::ort

@@ -54,4 +54,7 @@ private:
 // The attribute `k` of VQTopK. Throws Ort::Exception when it is not 1 to kMaxBest, or above V.
 int64_t NumBest(const OrtKernelInfo* info, const Constants& constants);
 
+// Throws Ort::Exception when VQSample's `uniform` does not have the shape [..] of its outputs.
+void CheckUniform(const std::vector<int64_t>& uniform, const std::vector<int64_t>& expected);
+
 }  // namespace vq::ort

@@ -1,5 +1,7 @@
 // RegisterCustomOps: what ONNX Runtime calls when the library is given to a session.
 #include "gather_scatter_op.h"
+#include "sample_op.h"
+#include "top_k_op.h"
 #ifdef VQ_HAS_CUDA
 #include "gather_scatter_cuda_op.h"
 #endif
@@ -19,6 +21,8 @@ OrtCustomOpDomain* Domain() {
     static OrtCustomOpDomain* const domain = [] {
         Ort::CustomOpDomain made{vq::contract::kDomain};
         AddOps<vq::ort::GatherScatterOp>(made);
+        AddOps<vq::ort::TopKOp>(made);
+        AddOps<vq::ort::SampleOp>(made);
 #ifdef VQ_HAS_CUDA
         AddOps<vq::ort::GatherScatterCudaOp>(made);
 #endif

@@ -36,6 +36,9 @@ std::string CheckShape(const GatherScatterShape& shape);
 // Refuses code ids outside [0, K). codes [V, M] row by row.
 std::string CheckCodes(const int32_t* codes, const GatherScatterShape& shape);
 
+// Refuses a temperature of VQSample that is not above 0 and finite.
+std::string CheckTemperature(float temperature);
+
 // codes [V, M] row by row -> words [M, WordsPerCodebook]. code_bits 8 or 16; ids are trusted (CheckCodes).
 void PackCodes(const int32_t* codes, int64_t vocab_size, int64_t num_codebooks, int32_t code_bits, uint32_t* words);
 

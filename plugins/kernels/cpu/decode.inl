@@ -75,24 +75,38 @@ float Exponentials(float* x, int64_t count, float peak, float scale) {
     return sum;
 }
 
+inline bool Any(const IntLanes& lanes) {
+    uint64_t pairs[kLanes / 2];
+    __builtin_memcpy(pairs, &lanes, sizeof pairs);
+    return ((pairs[0] | pairs[1]) | (pairs[2] | pairs[3]) | (pairs[4] | pairs[5]) | (pairs[6] | pairs[7])) != 0;
+}
+
+// Most groups of numbers hold none.
 int64_t Select(const float* x, int64_t count, float least, int32_t* picks) {
     constexpr int64_t kGroup = 4 * kLanes;
     int64_t found = 0, i = 0;
-    for (; i + kGroup <= count; i += kGroup) {
+    const auto one_by_one = [&](int64_t end) {
+        for (; i < end; ++i) {
+            picks[found] = static_cast<int32_t>(i);
+            found += x[i] >= least;
+        }
+    };
+    while (i + kGroup <= count) {
         const auto* part = reinterpret_cast<const Lanes*>(x + i);
-        const IntLanes any = (part[0] >= least) | (part[1] >= least) | (part[2] >= least) | (part[3] >= least);
-        int32_t some = 0;
-        for (int64_t lane = 0; lane < kLanes; ++lane) some |= any[lane];
-        if (some == 0) continue;
-        for (int64_t t = i; t < i + kGroup; ++t) {
-            picks[found] = static_cast<int32_t>(t);
-            found += x[t] >= least;
+        const IntLanes some[]{part[0] >= least, part[1] >= least, part[2] >= least, part[3] >= least};
+        if (!Any((some[0] | some[1]) | (some[2] | some[3]))) {
+            i += kGroup;
+            continue;
+        }
+        for (const IntLanes& lanes : some) {
+            if (Any(lanes)) {
+                one_by_one(i + kLanes);
+            } else {
+                i += kLanes;
+            }
         }
     }
-    for (; i < count; ++i) {
-        picks[found] = static_cast<int32_t>(i);
-        found += x[i] >= least;
-    }
+    one_by_one(count);
     return found;
 }
 
