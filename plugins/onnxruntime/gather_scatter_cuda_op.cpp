@@ -49,7 +49,7 @@ OrtStatusPtr GatherScatterCudaKernel::ComputeV2(OrtKernelContext* raw) noexcept 
               "launching the kernel");
         return nullptr;
     } catch (const std::exception& error) {
-        return Failure(error, ORT_FAIL);
+        return Failure(contract::kGatherScatter, error, ORT_FAIL);
     }
 }
 

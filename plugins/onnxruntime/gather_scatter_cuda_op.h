@@ -1,7 +1,9 @@
 // VQGatherScatter as an ONNX Runtime custom op: the CUDA kernel.
 #pragma once
 
-#include "gather_scatter_op.h"
+#include <memory>
+
+#include "op_base.h"
 
 namespace vq::ort {
 

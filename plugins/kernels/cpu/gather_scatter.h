@@ -2,27 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 
+#include "cpu/dispatch.h"
 #include "vq/shape.h"
 
 namespace vq::cpu {
-
-enum class Isa { kPortable, kNeon, kAvx2, kAvx512, kAvx512Vbmi };
-
-// The best instruction set that this build and this processor share.
-Isa BestIsa();
-const char* IsaName(Isa isa);
-
-// Runs body(i) for i in [0, count), in any order, on any threads; returns when all are done.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
-
-// One after the other, on the caller's thread.
-void Serial(int64_t count, const std::function<void(int64_t)>& body);
-
-// `count` numbers of T as float32: exact.
-void Widen(const void* in, Type type, int64_t count, float* out);
 
 // A head's constants in the layout that the kernels like. Immutable, so any number of threads may Run it at once.
 class GatherScatter {

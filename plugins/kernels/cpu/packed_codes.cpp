@@ -1,0 +1,37 @@
+#include "cpu/packed_codes.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace vq::cpu {
+
+PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_count, int64_t m_count)
+    : vocab_size(v_count),
+      num_codebooks(m_count),
+      code_bits(CodeBits(int64_t{*std::max_element(ids, ids + v_count * m_count)} + 1)),
+      blocks((v_count + kBlock - 1) / kBlock),
+      codes(static_cast<size_t>(blocks * BlockBytes()), 0) {
+    for (int64_t v = 0; v < v_count; ++v) {
+        for (int64_t m = 0; m < m_count; ++m) {
+            const int64_t at = ((v / kBlock) * m_count + m) * kBlock + v % kBlock;
+            const int32_t id = ids[v * m_count + m];
+            if (code_bits == 8) {
+                codes[static_cast<size_t>(at)] = static_cast<uint8_t>(id);
+            } else {
+                const auto wide = static_cast<uint16_t>(id);
+                std::memcpy(codes.data() + at * 2, &wide, sizeof wide);
+            }
+        }
+    }
+    if (biases != nullptr) {
+        bias.assign(static_cast<size_t>(blocks * kBlock), 0.0f);
+        std::copy(biases, biases + v_count, bias.begin());
+    }
+}
+
+void PackedCodes::PrefetchAfter(int64_t block) const {
+    if (block + kBlocksAhead >= blocks) return;
+    PrefetchPage<0>(codes.data() + (block + kBlocksAhead) * BlockBytes(), BlockBytes());
+}
+
+}  // namespace vq::cpu

@@ -1,0 +1,49 @@
+// A head's code ids and bias, packed block by block in the layout that the kernels like.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace vq::cpu {
+
+struct PackedCodes {
+    int64_t vocab_size;
+    int64_t num_codebooks;
+    int32_t code_bits;  // 8 or 16
+    int64_t blocks;
+    std::vector<uint8_t> codes;  // ids [blocks, M, kBlock] of code_bits
+    std::vector<float> bias;     // [blocks * kBlock], or empty
+
+    // codes int32 [V, M] and bias float32 [V] or null are copied. Ids are trusted to be 0 to 65535 (CheckCodes).
+    PackedCodes(const int32_t* codes, const float* bias, int64_t vocab_size, int64_t num_codebooks);
+
+    Block At(int64_t block, int64_t num_codes) const {
+        return {codes.data() + block * BlockBytes(), bias.empty() ? nullptr : bias.data() + block * kBlock,
+                num_codebooks, num_codes, code_bits};
+    }
+
+    // Asks for memory that will be read a few blocks after this one.
+    void PrefetchAfter(int64_t block) const;
+
+private:
+    int64_t BlockBytes() const { return num_codebooks * kBlock * code_bits / 8; }
+};
+
+// How many blocks ahead memory is asked for. After a decode step's backbone nothing of the head is in the caches, and
+// the hardware's own prefetching starts anew at every page: the first lines of a page are enough to start it.
+inline constexpr int64_t kBlocksAhead = 4;
+
+// Asks for the page that begins in the `step` bytes up to `memory`, if one does.
+template <int kWrite>
+void PrefetchPage(const void* memory, int64_t step) {
+    constexpr int64_t kLinesAhead = 4;
+    constexpr uintptr_t kPage = 4096;
+    const auto at = reinterpret_cast<uintptr_t>(memory);
+    if (at % kPage >= static_cast<uintptr_t>(step)) return;
+    const char* page = static_cast<const char*>(memory) - at % kPage;
+    for (int64_t i = 0; i < kLinesAhead; ++i) __builtin_prefetch(page + 64 * i, kWrite, 3);
+}
+
+}  // namespace vq::cpu
