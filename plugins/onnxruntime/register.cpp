@@ -1,6 +1,7 @@
 // RegisterCustomOps: what ONNX Runtime calls when the library is given to a session.
 #include "gather_scatter_op.h"
 #ifdef VQ_HAS_CUDA
+#include "decode_cuda_op.h"
 #include "gather_scatter_cuda_op.h"
 #endif
 
@@ -21,6 +22,8 @@ OrtCustomOpDomain* Domain() {
         AddOps<vq::ort::GatherScatterOp>(made);
 #ifdef VQ_HAS_CUDA
         AddOps<vq::ort::GatherScatterCudaOp>(made);
+        AddOps<vq::ort::TopKCudaOp>(made);
+        AddOps<vq::ort::SampleCudaOp>(made);
 #endif
         return made.release();
     }();
