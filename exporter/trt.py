@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from export_vq import contract
 from export_vq.errors import UserError
@@ -138,6 +138,9 @@ def last_errors(here: TensorRT, count: int = 3) -> str:
     return " | ".join(list(dict.fromkeys(telling or lines))[-count:]) or "it gave no reason"
 
 
+PLUGINS: Final = (contract.GATHER_SCATTER, contract.TOP_K, contract.SAMPLE)
+"""Names of the plugins in libvq_trt."""
+
 _registered: dict[str, str] = {}
 """SHA-256 of the plugin library that this process uses, by flavour."""
 
@@ -152,14 +155,12 @@ def load_plugin(here: TensorRT, library: Path) -> str:
         raise UserError(f"{library}: no such file; build the plugin library with: export-vq plugins build")
     digest = sha256(library)
     registry = here.module.get_plugin_registry()
-    wanted = (contract.GATHER_SCATTER, str(contract.VERSION), contract.DOMAIN)
 
-    def registered() -> bool:
-        return wanted in {
-            (creator.name, creator.plugin_version, creator.plugin_namespace) for creator in registry.all_creators
-        }
+    def missing() -> list[str]:
+        found = {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in registry.all_creators}
+        return [name for name in PLUGINS if (name, str(contract.VERSION), contract.DOMAIN) not in found]
 
-    if registered():
+    if not missing():
         if _registered.get(here.flavour) != digest:
             raise UserError(f"{library}: this process already uses another plugin library; start another one for this")
         return digest
@@ -169,10 +170,10 @@ def load_plugin(here: TensorRT, library: Path) -> str:
         reason = last_errors(here)
     except Exception as error:  # the bindings' exceptions share no base
         reason = str(error).strip().split("\n")[0]
-    if not registered():
+    if names := missing():
         raise UserError(
-            f"{library}: {here} found no creator of {wanted[0]} version {wanted[1]} in namespace {wanted[2]} there ({reason}); "
-            "build the library again with: export-vq plugins build"
+            f"{library}: {here} found no creator of {', '.join(names)} version {contract.VERSION} in namespace "
+            f"{contract.DOMAIN} there ({reason}); build the library again with: export-vq plugins build"
         )
     _registered[here.flavour] = digest
     return digest

@@ -1,4 +1,4 @@
-"""Times the VQ head on a GPU: the scatter kernel against copy bandwidth, the whole head against a cuBLAS dense head.
+"""Times the VQ head on a GPU: the scatter kernel against copy bandwidth, whole heads against a cuBLAS dense head.
 
     python scripts/bench_gpu.py [-o bench_gpu.json]
 
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from bench_gpu_decode import decode, print_decode
 
 V = 128256
 """Vocabulary: that of Llama 3."""
@@ -53,7 +55,8 @@ def main() -> int:
         return _cannot(f"no library {path or 'libvq.so'}; build it with: export-vq plugins build")
 
     bench = Bench(path, options.samples)
-    result = {"device": bench.device(), "scatter": bench.scatter(), "heads": bench.heads()}
+    result: dict[str, Any] = {"device": bench.device(), "scatter": bench.scatter(), "heads": bench.heads()}
+    result["decode"] = decode(bench, V, result["scatter"]["cases"]["copy"]["bytes_per_second"])
     print_tables(result)
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -82,7 +85,8 @@ class Bench:
         self.samples = samples
         self.random = torch.Generator("cuda").manual_seed(0)
         self.flushed = torch.ones(FLUSH_BYTES // 4, device="cuda")
-        self.function = ctypes.CDLL(str(library.resolve())).vq_gather_scatter_cuda
+        self.c = ctypes.CDLL(str(library.resolve()))
+        self.function = self.c.vq_gather_scatter_cuda
         self.function.restype = ctypes.c_int
         self.function.argtypes = [
             *[ctypes.c_void_p] * 4,
@@ -255,6 +259,7 @@ def print_tables(result: dict[str, Any]) -> None:
         sizes = f"D={head['hidden_size']} K={head['num_codes']} batch {head['batch']}"
         parts = "  ".join(f"{name} {_spread(head[name])}" for name in ("dense", "vq", "scatter"))
         print(f"  {sizes:24} {head['speedup']:6.1f}x  {parts}")
+    print_decode(result["decode"], _spread)
 
 
 def _spread(timing: dict[str, Any]) -> str:

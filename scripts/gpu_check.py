@@ -271,16 +271,20 @@ def gpu_tests(machine: Machine) -> Outcome:
 
 
 def sanitizer(machine: Machine, tool: str) -> Outcome:
-    """compute-sanitizer over the native test on the GPU; racecheck looks for hazards in shared memory."""
+    """compute-sanitizer over the native tests on the GPU; racecheck looks for hazards in shared memory."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    test = machine.build / "native" / "test_cuda_device"
     if program is None:
         return Outcome("", "not run", "compute-sanitizer was not found (it comes with the CUDA toolkit)")
-    if not test.is_file():
-        return Outcome("", "not run", f"{test.name} was not built")
-    code, output = machine.run(tool, [program, "--tool", tool, "--error-exitcode", "1", str(test)])
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-    return machine.judge("", tool, code, output, passed=summary[-1] if summary else "")
+    summaries = []
+    for name in ("test_cuda_device", "test_cuda_decode_device"):
+        test = machine.build / "native" / name
+        if not test.is_file():
+            return Outcome("", "not run", f"{name} was not built")
+        code, output = machine.run(tool, [program, "--tool", tool, "--error-exitcode", "1", str(test)])
+        if code != 0:
+            return machine.judge("", tool, code, output)
+        summaries += re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    return Outcome("", "passed", "; ".join(summaries))
 
 
 def runtime(machine: Machine, name: str, library: str) -> Outcome:

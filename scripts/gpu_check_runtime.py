@@ -1,4 +1,4 @@
-"""One VQGatherScatter node through a runtime on the GPU, against the definition in float64.
+"""A node of every op through a runtime on the GPU, against the definition in float64.
 
     python scripts/gpu_check_runtime.py tensorrt|tensorrt_rtx vq_trt
     python scripts/gpu_check_runtime.py onnxruntime vq_ort
@@ -17,6 +17,7 @@ from typing import Any
 
 SKIPPED = 77
 ROWS, M, K, V = 17, 3, 300, 50257  # V is odd, so logits are not aligned; more than 256 codes take 16 bits
+BEST, TEMPERATURE = 50, 0.5
 
 
 class Unavailable(Exception):
@@ -47,8 +48,8 @@ def library_path(name: str) -> Path:
     return found.path
 
 
-def problem() -> tuple[Any, Any, Any]:
-    """code_logits float16 [ROWS, M*K] and bias float16 [V] on the GPU, codes int64 [V, M]."""
+def problem() -> tuple[Any, Any, Any, Any]:
+    """code_logits float16 [ROWS, M*K], bias float16 [V] and uniform float32 [ROWS] on the GPU, codes int64 [V, M]."""
     import torch
 
     if not torch.cuda.is_available():
@@ -56,11 +57,12 @@ def problem() -> tuple[Any, Any, Any]:
     random = torch.Generator().manual_seed(0)
     scores = torch.randn(ROWS, M * K, generator=random).half().cuda()
     bias = torch.randn(V, generator=random).half().cuda()
-    return scores, torch.randint(K, (V, M), generator=random), bias
+    uniform = torch.rand(ROWS, generator=random).cuda()
+    return scores, torch.randint(K, (V, M), generator=random), bias, uniform
 
 
-def check(logits: Any, scores: Any, codes: Any, bias: Any) -> str:
-    """Within one rounding of float16 and M + 1 of float32, or a failure."""
+def check(found: dict[str, Any], scores: Any, codes: Any, bias: Any, uniform: Any) -> str:
+    """Logits within one rounding of float16 and M + 1 of float32, the other outputs within theirs of float32; or a failure."""
     import torch
 
     table = scores.view(ROWS, M, K)
@@ -68,34 +70,60 @@ def check(logits: Any, scores: Any, codes: Any, bias: Any) -> str:
     terms = torch.stack([table[:, m, ids[:, m]].double() for m in range(M)] + [bias.double().expand(ROWS, V)])
     expected, sums = terms.sum(0), (M + 1) * 2.0**-24 * terms.abs().sum(0)
     bound = sums + (expected.abs() + sums).clamp(min=2.0**-14) * 2.0**-11
-    wrong = int((~((logits.double() - expected).abs() <= bound)).sum())
-    if logits.shape != expected.shape or wrong:
-        raise AssertionError(f"{wrong} of {expected.numel()} logits are wrong, shape {tuple(logits.shape)}")
-    return f"{ROWS} rows, M={M}, K={K}, V={V}, fp16 with bias: right"
+    logit, shares = float(sums.max()), (expected / TEMPERATURE).softmax(-1)
+    share = 2 * logit / TEMPERATURE + 64 * 2.0**-24  # of sums of exponentials
+    best, drawn = found["ids"].cuda(), found["drawn"].cuda()[:, None]
+    end = shares.cumsum(-1).gather(1, drawn)[:, 0]
+    mass = shares.gather(1, drawn)[:, 0]
+    wrong = {
+        "logits": ~((found["logits"].cuda().double() - expected).abs() <= bound),
+        "values": ~((found["values"].cuda() - expected.topk(BEST).values).abs() <= logit),
+        "ids": ~((found["values"].cuda() - expected.gather(1, best)).abs() <= logit),
+        "logsumexp": ~((found["logsumexp"].cuda() - expected.logsumexp(-1)).abs() <= share + 2.0**-20),
+        "drawn": ~((end + share > uniform) & (end - mass - share <= uniform)),
+        "logprob": ~((found["logprob"].cuda() - mass.log()).abs() <= share + 2.0**-19),
+    }
+    counts = {name: int(which.sum()) for name, which in wrong.items()}
+    if any(counts.values()):
+        raise AssertionError(f"wrong: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}")
+    return f"{ROWS} rows, M={M}, K={K}, V={V}, fp16 with bias, logits, top {BEST} and draws: right"
 
 
-def graph(codes: Any, bias: Any, inputs: list[Any], attributes: dict[str, Any], domain: str) -> bytes:
-    """A model of the one node: code_logits [rows, M*K] -> logits [rows, V]."""
+def graph(codes: Any, bias: Any, attributes: dict[str, Any]) -> bytes:
+    """A model of the three ops on one head; its inputs are `inputs()`."""
     from onnx import TensorProto, helper, numpy_helper
 
-    node = helper.make_node(
-        "VQGatherScatter", ["code_logits", "codes", "bias"], ["logits"], name="head", domain=domain, **attributes
-    )
+    domain, shared = "com.vqlogits", ["code_logits", "codes", "bias"]
+    outputs = {
+        "logits": (TensorProto.FLOAT16, ["rows", V]),
+        "values": (TensorProto.FLOAT, ["rows", BEST]),
+        "ids": (TensorProto.INT64, ["rows", BEST]),
+        "logsumexp": (TensorProto.FLOAT, ["rows"]),
+        "drawn": (TensorProto.INT64, ["rows"]),
+        "logprob": (TensorProto.FLOAT, ["rows"]),
+    }
+    names = list(outputs)
+    nodes = [
+        helper.make_node("VQGatherScatter", shared, names[:1], name="head", domain=domain, **attributes),
+        helper.make_node("VQTopK", shared, names[1:4], name="top_k", domain=domain, k=BEST, **attributes),
+        helper.make_node(
+            "VQSample", [*shared, "temperature", "uniform"], names[4:], name="sample", domain=domain, **attributes
+        ),
+    ]
+    inputs = {
+        "code_logits": (TensorProto.FLOAT16, ["rows", M * K]),
+        "temperature": (TensorProto.FLOAT, [1]),
+        "uniform": (TensorProto.FLOAT, ["rows"]),
+    }
     body = helper.make_graph(
-        [node],
+        nodes,
         "head",
-        inputs,
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT16, ["rows", V])],
+        [helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info(name, *kind) for name, kind in outputs.items()],
         [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(bias.cpu().numpy(), "bias")],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
     return bytes(helper.make_model(body, opset_imports=opsets, ir_version=9).SerializeToString())
-
-
-def scores_input() -> Any:
-    from onnx import TensorProto, helper
-
-    return helper.make_tensor_value_info("code_logits", TensorProto.FLOAT16, ["rows", M * K])
 
 
 def onnxruntime(name: str, path: Path) -> str:
@@ -105,16 +133,22 @@ def onnxruntime(name: str, path: Path) -> str:
     ort: Any = importlib.import_module(name)
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise Unavailable(f"onnxruntime {ort.__version__} has no CUDA execution provider")
-    scores, codes, bias = problem()
+    scores, codes, bias, uniform = problem()
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(path))
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    model = graph(codes.numpy().astype(np.int32), bias, [scores_input()], {"num_codebooks": M}, "com.vqlogits")
+    model = graph(codes.numpy().astype(np.int32), bias, {"num_codebooks": M})
     session = ort.InferenceSession(model, options, providers=["CUDAExecutionProvider"])
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise AssertionError("the CUDA execution provider was not taken; are its libraries found?")
-    (logits,) = session.run(None, {"code_logits": scores.cpu().numpy()})
-    return f"onnxruntime {ort.__version__}: {check(torch.from_numpy(logits).cuda(), scores, codes, bias)}"
+    feeds = {
+        "code_logits": scores.cpu().numpy(),
+        "temperature": np.array([TEMPERATURE], np.float32),
+        "uniform": uniform.cpu().numpy(),
+    }
+    names = [output.name for output in session.get_outputs()]
+    found = {name: torch.from_numpy(array) for name, array in zip(names, session.run(None, feeds), strict=True)}
+    return f"onnxruntime {ort.__version__}: {check(found, scores, codes, bias, uniform)}"
 
 
 def tensorrt(name: str, path: Path) -> str:
@@ -125,7 +159,7 @@ def tensorrt(name: str, path: Path) -> str:
         trt: Any = importlib.import_module(name)
     except ImportError as error:
         raise Unavailable(f"the Python module {name} does not load: {error}") from error
-    scores, codes, bias = problem()
+    scores, codes, bias, uniform = problem()
     ids = codes.T.contiguous().numpy().astype("<u2")  # [M, V], packed as the plugin wants them
     words = np.pad(ids, ((0, 0), (0, -V % 8))).view("<i4").astype(np.int32)
     attributes = {
@@ -142,11 +176,12 @@ def tensorrt(name: str, path: Path) -> str:
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph(words, bias, [scores_input()], attributes, "com.vqlogits")):
+    if not parser.parse(graph(words, bias, attributes)):
         raise AssertionError("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     profile.set_shape("code_logits", (1, M * K), (ROWS, M * K), (64, M * K))
+    profile.set_shape("uniform", (1,), (ROWS,), (64,))
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -155,16 +190,25 @@ def tensorrt(name: str, path: Path) -> str:
     if engine is None:
         raise AssertionError("the engine was built, but not loaded")
     context = engine.create_execution_context()
-    logits = torch.full((ROWS, V), torch.nan, dtype=torch.float16, device="cuda")
     context.set_input_shape("code_logits", (ROWS, M * K))
-    context.set_tensor_address("code_logits", scores.data_ptr())
-    context.set_tensor_address("logits", logits.data_ptr())
+    context.set_input_shape("uniform", (ROWS,))
+    found = {
+        "logits": torch.full((ROWS, V), torch.nan, dtype=torch.float16, device="cuda"),
+        "values": torch.full((ROWS, BEST), torch.nan, device="cuda"),
+        "ids": torch.zeros((ROWS, BEST), dtype=torch.int64, device="cuda"),
+        "logsumexp": torch.full((ROWS,), torch.nan, device="cuda"),
+        "drawn": torch.zeros(ROWS, dtype=torch.int64, device="cuda"),
+        "logprob": torch.full((ROWS,), torch.nan, device="cuda"),
+    }
+    temperature = torch.tensor([TEMPERATURE], device="cuda")
+    for tensor, memory in {"code_logits": scores, "temperature": temperature, "uniform": uniform, **found}.items():
+        context.set_tensor_address(tensor, memory.data_ptr())
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     if not context.execute_async_v3(stream.cuda_stream):
         raise AssertionError("the engine did not run")
     stream.synchronize()
-    return f"{name} {trt.__version__}: {check(logits, scores, codes, bias)}"
+    return f"{name} {trt.__version__}: {check(found, scores, codes, bias, uniform)}"
 
 
 if __name__ == "__main__":

@@ -2,39 +2,10 @@
 #include <cuda_runtime.h>
 
 #include "gather_scatter.cuh"
+#include "gpu.h"
 #include "vq/launch.h"
 
 namespace vq {
-namespace {
-
-constexpr int kSharedWithoutOptIn = 48 << 10;  // bytes, on every GPU
-
-// Limits of the current device. Kept per thread: no lock, and no launch after the first asks the driver.
-cudaError_t CurrentGpu(GpuLimits* limits) {
-    thread_local int known_device = -1;
-    thread_local GpuLimits known{};
-    int device = 0;
-    if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    if (device != known_device) {
-        GpuLimits found{};
-        const struct {
-            int32_t* value;
-            cudaDeviceAttr attribute;
-        } wanted[] = {{&found.multiprocessors, cudaDevAttrMultiProcessorCount},
-                      {&found.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-                      {&found.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
-        for (const auto& one : wanted) {
-            const cudaError_t status = cudaDeviceGetAttribute(one.value, one.attribute, device);
-            if (status != cudaSuccess) return status;
-        }
-        known = found;
-        known_device = device;
-    }
-    *limits = known;
-    return cudaSuccess;
-}
-
-}  // namespace
 
 cudaError_t LaunchVQGatherScatter(const GatherScatterArgs& args, cudaStream_t stream) {
     if (args.code_bits != 8 && args.code_bits != 16) return cudaErrorInvalidValue;

@@ -1,28 +1,18 @@
 // VQGatherScatter as an ONNX Runtime custom op: the CUDA kernel.
 #pragma once
 
-#include <memory>
-
+#include "device_head.h"
 #include "op_base.h"
 
 namespace vq::ort {
 
 class GatherScatterCudaKernel {
 public:
-    explicit GatherScatterCudaKernel(const OrtKernelInfo* info);
+    explicit GatherScatterCudaKernel(const OrtKernelInfo* info) : head_(info) {}
     OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
 private:
-    struct CudaFree {
-        void operator()(void* memory) const noexcept;
-    };
-    using DeviceMemory = std::unique_ptr<void, CudaFree>;
-    static DeviceMemory OnDevice(const void* host, size_t bytes);
-
-    Constants constants_;
-    int32_t code_bits_;
-    DeviceMemory codes_;  // packed, shape.h
-    DeviceMemory bias_;   // T [V], or null
+    DeviceHead head_;
 };
 
 struct GatherScatterCudaOp : GatherScatterOpBase<GatherScatterCudaOp, GatherScatterCudaKernel> {

@@ -3,6 +3,7 @@
 #include "sample_op.h"
 #include "top_k_op.h"
 #ifdef VQ_HAS_CUDA
+#include "decode_cuda_op.h"
 #include "gather_scatter_cuda_op.h"
 #endif
 
@@ -25,6 +26,8 @@ OrtCustomOpDomain* Domain() {
         AddOps<vq::ort::SampleOp>(made);
 #ifdef VQ_HAS_CUDA
         AddOps<vq::ort::GatherScatterCudaOp>(made);
+        AddOps<vq::ort::TopKCudaOp>(made);
+        AddOps<vq::ort::SampleCudaOp>(made);
 #endif
         return made.release();
     }();

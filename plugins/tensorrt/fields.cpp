@@ -1,5 +1,6 @@
 #include "fields.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -77,6 +78,27 @@ std::string ReadFields(const PluginFieldCollection* collection, GatherScatterFie
     }
     // The number of rows and of codes are not known here; 0 and 1 pass for any.
     return CheckShape({0, fields->num_codebooks, 1, fields->vocab_size});
+}
+
+const PluginFieldCollection* TopKFieldNames() {
+    static const PluginField fields[] = {
+        {contract::kNumCodebooks, nullptr, PluginFieldType::kINT32, 1},
+        {contract::kCodeBits, nullptr, PluginFieldType::kINT32, 1},
+        {contract::kVocabSize, nullptr, PluginFieldType::kINT32, 1},
+        {contract::kNumBest, nullptr, PluginFieldType::kINT32, 1},
+    };
+    static const PluginFieldCollection collection{static_cast<int32_t>(std::size(fields)), fields};
+    return &collection;
+}
+
+std::string ReadTopKFields(const PluginFieldCollection* collection, TopKFields* fields) {
+    std::string refusal = ReadFields(collection, fields);
+    if (refusal.empty()) refusal = ReadInteger(*collection, contract::kNumBest, &fields->num_best);
+    if (!refusal.empty()) return refusal;
+    const int32_t most = std::min<int32_t>(contract::kMaxBest, fields->vocab_size);
+    if (fields->num_best <= most) return {};
+    return std::string("field ") + contract::kNumBest + " is " + std::to_string(fields->num_best) + ", expected 1 to " +
+           std::to_string(most);
 }
 
 }  // namespace vq::trt

@@ -1,4 +1,4 @@
-// The plugin's fields: node attributes at build time, what a plan stores at run time. The same three in both phases.
+// The plugins' fields: node attributes at build time, what a plan stores at run time. The same in both phases.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -20,5 +20,15 @@ const nvinfer1::PluginFieldCollection* GatherScatterFieldNames();
 //
 // Returns: empty, or one sentence about the first missing, duplicate, mistyped or out-of-range field.
 std::string ReadFields(const nvinfer1::PluginFieldCollection* collection, GatherScatterFields* fields);
+
+// VQTopK's fields; those of VQSample are GatherScatterFields.
+struct TopKFields : GatherScatterFields {
+    int32_t num_best = 0;  // k
+};
+
+const nvinfer1::PluginFieldCollection* TopKFieldNames();
+
+// As above; k must be 1 to contract::kMaxBest and at most V.
+std::string ReadTopKFields(const nvinfer1::PluginFieldCollection* collection, TopKFields* fields);
 
 }  // namespace vq::trt

@@ -21,14 +21,6 @@ using nvinfer1::PluginCapabilityType;
 using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
-Dims KnownDims(const DimsExprs& exprs) {
-    Dims dims{exprs.nbDims, {}};
-    for (int32_t i = 0; i < exprs.nbDims; ++i) {
-        dims.d[i] = exprs.d[i]->isConstant() ? exprs.d[i]->getConstantValue() : kUnknown;
-    }
-    return dims;
-}
-
 std::string Describe(const GatherScatterFields& fields) {
     return std::string(contract::kGatherScatter) + " " + contract::kPluginVersion + " " + contract::kNumCodebooks +
            "=" + std::to_string(fields.num_codebooks) + " " + contract::kCodeBits + "=" +

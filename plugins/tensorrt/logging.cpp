@@ -7,8 +7,6 @@
 #include <cstring>
 #include <typeinfo>
 
-#include "vq/contract.h"
-
 namespace vq::trt {
 namespace {
 
@@ -71,10 +69,10 @@ void SetLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
     logger_finder.store(finder, std::memory_order_release);
 }
 
-void LogError(const char* where, const char* what) noexcept {
+void LogError(const char* where, const char* what, const char* op) noexcept {
     // Fixed size: this is also how running out of memory is reported. A longer message is cut.
     char message[1024];
-    std::snprintf(message, sizeof(message), "%s %s: %s", contract::kGatherScatter, where, what);
+    std::snprintf(message, sizeof(message), "%s %s: %s", op, where, what);
     if (!LogToTensorRt(message)) std::fprintf(stderr, "%s\n", message);
 }
 

@@ -12,17 +12,27 @@ using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::PluginTensorDesc;
 
+bool Known(const Dims& dims) {
+    for (int32_t i = 0; i < dims.nbDims; ++i) {
+        if (dims.d[i] == kUnknown) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
 std::string Text(const Dims& dims) {
     std::string text = "[";
     for (int32_t i = 0; i < dims.nbDims; ++i) text += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
     return text + "]";
 }
 
-bool Known(const Dims& dims) {
-    for (int32_t i = 0; i < dims.nbDims; ++i) {
-        if (dims.d[i] == kUnknown) return false;
+Dims KnownDims(const nvinfer1::DimsExprs& exprs) {
+    Dims dims{exprs.nbDims, {}};
+    for (int32_t i = 0; i < exprs.nbDims; ++i) {
+        dims.d[i] = exprs.d[i]->isConstant() ? exprs.d[i]->getConstantValue() : kUnknown;
     }
-    return true;
+    return dims;
 }
 
 bool Agree(const Dims& found, const Dims& expected) {
@@ -60,8 +70,6 @@ std::string CheckCodeLogits(const GatherScatterFields& fields, const Dims& dims)
     const std::string refusal = CheckShape(shape);
     return refusal.empty() ? refusal : std::string(name) + " has the shape " + Text(dims) + ": " + refusal;
 }
-
-}  // namespace
 
 std::optional<Type> TypeOf(DataType type) {
     // Not a switch: TensorRT adds types from one version to the next.

@@ -1,4 +1,4 @@
-// What TensorRT's descriptors say about the tensors of one VQGatherScatter.
+// What TensorRT's descriptors say about the tensors of one op.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -39,6 +39,22 @@ std::string CheckSizes(const GatherScatterFields& fields, const nvinfer1::Dims* 
 // Types and sizes of all tensors. Counts have been checked.
 std::string CheckTensors(const GatherScatterFields& fields, const nvinfer1::PluginTensorDesc* inputs,
                          int32_t num_inputs, const nvinfer1::PluginTensorDesc& logits);
+
+// The first input of every op: [.., M*K].
+std::string CheckCodeLogits(const GatherScatterFields& fields, const nvinfer1::Dims& dims);
+
+// Whether two shapes can be the same, as far as they are known.
+bool Agree(const nvinfer1::Dims& found, const nvinfer1::Dims& expected);
+
+// "[2, -1]".
+std::string Text(const nvinfer1::Dims& dims);
+
+// Dimensions while an engine is built: kUnknown where they are not constants.
+nvinfer1::Dims KnownDims(const nvinfer1::DimsExprs& exprs);
+
+// One sentence about a tensor that is not as expected.
+std::string RefuseType(const char* name, nvinfer1::DataType found, const char* expected);
+std::string RefuseShape(const char* name, const nvinfer1::Dims& found, const std::string& expected);
 
 // Sizes of the op for code_logits [.., M*K] of known dimensions that passed; too many rows saturate.
 GatherScatterShape ShapeOf(const GatherScatterFields& fields, const nvinfer1::Dims& code_logits);

@@ -1,6 +1,6 @@
 # The TensorRT plugin, driven through its whole life without TensorRT's library. Each program loads libvq_trt.so itself.
 if(TARGET vq_trt)
-    foreach(subject plugin fields tensors logging enqueue)
+    foreach(subject plugin fields tensors logging enqueue decode)
         set(program test_tensorrt_${subject})
         add_executable(${program} ${program}.cpp)
         target_include_directories(${program} SYSTEM PRIVATE ${TENSORRT_INCLUDE_DIR})

@@ -2,40 +2,17 @@
 // compute-sanitizer can run over all of it. Exit code 77, which CTest counts as skipped, where there is no GPU.
 #include <cuda_runtime_api.h>
 
+#include "device_bytes.h"
 #include "gather_scatter_case.h"
 #include "vq/launch.h"
 
 namespace {
 
+using device_bytes::DeviceBytes;
+using device_bytes::Ok;
 using gather_scatter_case::Case;
 using gather_scatter_case::kGuard;
 using vq::Type;
-
-bool Ok(cudaError_t status, const char* what) {
-    CHECK(status == cudaSuccess, << what << ": " << cudaGetErrorString(status));
-    return status == cudaSuccess;
-}
-
-// Device memory with a copy of host bytes; empty stays null.
-class DeviceBytes {
-public:
-    DeviceBytes(const void* bytes, size_t count) : count_(count) {
-        if (count == 0 || !Ok(cudaMalloc(&data_, count), "cudaMalloc")) return;
-        Ok(cudaMemcpy(data_, bytes, count, cudaMemcpyHostToDevice), "copy to the device");
-    }
-    ~DeviceBytes() { cudaFree(data_); }
-    DeviceBytes(const DeviceBytes&) = delete;
-    DeviceBytes& operator=(const DeviceBytes&) = delete;
-
-    unsigned char* data() const { return static_cast<unsigned char*>(data_); }
-    void Read(void* bytes) const {
-        Ok(cudaMemcpy(bytes, data_, count_, cudaMemcpyDeviceToHost), "copy from the device");
-    }
-
-private:
-    void* data_ = nullptr;
-    size_t count_;
-};
 
 // offset: bytes by which the logits are off a 16-byte boundary.
 void Run(const Case& c, size_t offset, cudaStream_t stream) {
