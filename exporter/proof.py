@@ -10,6 +10,7 @@ from typing import Any
 
 from export_vq import contract
 from export_vq.errors import CheckFailed
+from export_vq.outputs import OPS
 from export_vq.records import PluginLayer
 from export_vq.trt import DTYPES
 
@@ -75,9 +76,7 @@ def read_layers(text: str) -> Layers:
             plugins.append(
                 PluginLayer(
                     name=str(layer.get("Name", "")),
-                    plugin=contract.GATHER_SCATTER
-                    if contract.GATHER_SCATTER in told
-                    else str(layer.get("PluginType", "")),
+                    plugin=next((op for op in OPS.values() if op in told), str(layer.get("PluginType", ""))),
                     version=str(layer.get("PluginVersion", "")),
                     namespace=str(layer.get("PluginNamespace", "")),
                     input_dtypes=_dtypes(layer.get("Inputs", [])),
@@ -113,16 +112,16 @@ def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> 
     ours = [
         p
         for p in found.plugins
-        if (p.plugin == contract.GATHER_SCATTER or (not p.plugin and p.name in nodes))
-        and p.namespace in (contract.DOMAIN, "")
+        if (p.plugin in OPS.values() or (not p.plugin and p.name in nodes)) and p.namespace in (contract.DOMAIN, "")
     ]
     if len(ours) != len(nodes):
         raise CheckFailed(
-            f"{kind}: {len(nodes)} {contract.DOMAIN}::{contract.GATHER_SCATTER} layer(s) were meant, the {found.source} has {said}"
+            f"{kind}: {len(nodes)} {contract.DOMAIN} layer(s) ({', '.join(OPS.values())}) were meant, the {found.source} has {said}"
         )
     for layer in ours:
-        # Without a type told there is nothing to hold it to here; the network's told all.
-        types = {*layer.input_dtypes[:1], *layer.output_dtypes[:1]} - {""}
+        # Without a type told there is nothing to hold it to here; the network's told all. Only logits come out in the type.
+        outputs = layer.output_dtypes[:1] if layer.plugin in (contract.GATHER_SCATTER, "") else ()
+        types = {*layer.input_dtypes[:1], *outputs} - {""}
         if any(DTYPES.get(name) != dtype for name in types):
             raise CheckFailed(f"{kind}: the plugin was meant to compute in {dtype}, the {found.source} has {said}")
 
