@@ -115,12 +115,11 @@ def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> 
         if (p.plugin in OPS.values() or (not p.plugin and p.name in nodes)) and p.namespace in (contract.DOMAIN, "")
     ]
     if len(ours) != len(nodes):
-        raise CheckFailed(
-            f"{kind}: {len(nodes)} {contract.DOMAIN} layer(s) ({', '.join(OPS.values())}) were meant, the {found.source} has {said}"
-        )
+        raise CheckFailed(f"{kind}: {len(nodes)} {contract.DOMAIN} layer(s) were meant, the {found.source} has {said}")
     for layer in ours:
-        # Without a type told there is nothing to hold it to here; the network's told all. Only logits come out in the type.
-        outputs = layer.output_dtypes[:1] if layer.plugin in (contract.GATHER_SCATTER, "") else ()
+        # Without a type told there is nothing to hold it to here; the network's told all. Logits, the one output of their
+        # op, come out in the type; values and ids do not.
+        outputs = layer.output_dtypes if len(layer.output_dtypes) == 1 else ()
         types = {*layer.input_dtypes[:1], *outputs} - {""}
         if any(DTYPES.get(name) != dtype for name in types):
             raise CheckFailed(f"{kind}: the plugin was meant to compute in {dtype}, the {found.source} has {said}")

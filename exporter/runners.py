@@ -74,7 +74,7 @@ class TorchRunner(Closing):
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
         layers = range(len(self.signature.cache_shapes))
         pairs = [[tensors.pop(f"past_key_values.{i}.{p}").to(self._dtype) for p in ("key", "value")] for i in layers]
-        draw = {name: tensors.pop(name) for name in ("temperature", "uniform") if name in tensors}
+        draw: dict[str, Tensor] = {name: tensors.pop(name) for name in ("temperature", "uniform") if name in tensors}
         with torch.inference_mode(), self._tapped_head() as head_inputs:
             out = self._model(**tensors, past_key_values=DynamicCache(ddp_cache_data=pairs), use_cache=True)
             given = (
