@@ -150,6 +150,35 @@ class ChoiceErrors:
             error_histogram=tuple((float(edge), int(n)) for edge, n in zip(EDGES[1:], histogram, strict=True)),
         )
 
+    def judge(self, logit_error: float, code_error: float) -> tuple[list[str], dict[str, float], int | None]:
+        """What is wrong besides the size of the errors.
+
+        Args:
+            logit_error, code_error: what logits and code logits may be off by.
+
+        Returns:
+            the failures; the limit that the draws were held to, and how many of them a moved boundary decided: {} and None
+            where nothing is drawn.
+        """
+        failures = []
+        if self.disordered:
+            failures.append(
+                f"tokens are out of order at {self.disordered} of {self.positions} positions: values fall, equal ones by "
+                "rising id, each id once"
+            )
+        if not self.code_error <= code_error:
+            failures.append(f"largest code_logits error is {self.code_error:.2e}, allowed {code_error:.2e}")
+        if not self.margins:
+            return failures, {}, None
+        bound = boundary_bound(logit_error, len(self.order))
+        near, wrong, margin = self.draws_outside(bound)
+        if wrong:
+            failures.append(
+                f"{wrong} of {self.positions} draws are not the token that their number asks for, by up to {margin:.2e} of the "
+                f"distribution, rounding allows {bound:.2e}"
+            )
+        return failures, {"boundary": bound}, near
+
     def draws_outside(self, bound: float) -> tuple[int, int, float]:
         """Of the draws outside of their token's share: those within `bound` of it, those beyond, and the largest margin."""
         margins = np.concatenate(self.margins) if self.margins else np.zeros(0)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export_vq import feeds as fd
-from export_vq.choice_errors import TEMPERATURE, ChoiceErrors, boundary_bound, order_of_draws
+from export_vq.choice_errors import TEMPERATURE, ChoiceErrors, order_of_draws
 from export_vq.generate import generate
 from export_vq.logit_errors import ErrorAccumulator, largest
 from export_vq.records import COMPARED, ErrorStats, ParityCase, ParityReport
@@ -69,7 +69,8 @@ def check_parity(
     """Run both through every case and judge.
 
     Args:
-        reference: PyTorch in float32 for an fp32 candidate; the float64 oracle for fp16 and bf16. It gives what the candidate gives.
+        reference: PyTorch in float32 for an fp32 candidate; the float64 oracle for fp16 and bf16. It gives
+            what the candidate gives.
         candidate: what was exported.
         cases: at least one.
         dtype: 'fp32', 'fp16' or 'bf16', the candidate's.
@@ -112,18 +113,13 @@ def check_parity(
         ]
     boundary_draws = None
     if isinstance(total, ChoiceErrors) and isinstance(own, ChoiceErrors):
-        half = dtype != "fp32"
-        logit_error = HALF_FACTOR * own.logit_error if half else relative_max * stats.logit_range
-        code_error = HALF_FACTOR * own.code_error if half else relative_max * total.code_scale
-        failures += _choice_failures(total, code_error)
-        if output == "sample":
-            limits["boundary"] = boundary_bound(logit_error, len(total.order))
-            boundary_draws, wrong, margin = total.draws_outside(limits["boundary"])
-            if wrong:
-                failures.append(
-                    f"{wrong} of {stats.positions} draws are not the token that their number asks for, by up to {margin:.2e} "
-                    f"of the distribution, rounding allows {limits['boundary']:.2e}"
-                )
+        if dtype == "fp32":
+            allowed = relative_max * stats.logit_range, relative_max * total.code_scale
+        else:
+            allowed = HALF_FACTOR * own.logit_error, HALF_FACTOR * own.code_error
+        found, boundary, boundary_draws = total.judge(*allowed)
+        failures += found
+        limits |= boundary
     return ParityReport(
         reference=reference.name,
         candidate=candidate.name,
@@ -173,18 +169,6 @@ def _errors(reference: Reference, output: str) -> ErrorAccumulator | ChoiceError
     tables = reference.head
     assert tables is not None, "graphs that choose tokens have a VQ head"
     return ChoiceErrors(order_of_draws(tables.codes))
-
-
-def _choice_failures(total: ChoiceErrors, code_error: float) -> list[str]:
-    failures = []
-    if total.disordered:
-        failures.append(
-            f"tokens are out of order at {total.disordered} of {total.positions} positions: values fall, equal ones by rising id, "
-            "each id once"
-        )
-    if not total.code_error <= code_error:
-        failures.append(f"largest code_logits error is {total.code_error:.2e}, allowed {code_error:.2e}")
-    return failures
 
 
 def _fp32_failures(

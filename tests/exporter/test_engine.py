@@ -130,7 +130,7 @@ def test_a_decoder_without_plugin(decoders, kind, dtype, tmp_path):
 def test_a_head_that_chooses_without_plugin(trt, word, names, kind, tmp_path):  # noqa: ARG001
     """More tokens than TensorRT's TopK sorts, and no bias among the inputs."""
     head = tiny_head("single", 32, 5000, bias=False).half()
-    output = HeadOutput(word, 5 if word == "topk" else 0)
+    output = HeadOutput(word, 5 if word == "topk" else 0, last_token=word == "topk")
     ir.save(head_graph(head, "dense" if kind == "dense" else "vq", output=output), tmp_path / "head.onnx")
     artifact = build_engine(tmp_path / "head.onnx", kind, tmp_path)
     scores = ["code_logits"] if (word, kind) == ("topk", "vq-plain") else []
