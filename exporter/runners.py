@@ -77,19 +77,18 @@ class TorchRunner(Closing):
         draw: dict[str, Tensor] = {name: tensors.pop(name) for name in ("temperature", "uniform") if name in tensors}
         with torch.inference_mode(), self._tapped_head() as head_inputs:
             out = self._model(**tensors, past_key_values=DynamicCache(ddp_cache_data=pairs), use_cache=True)
-            given = (
-                {"logits": out.logits} if self.signature.output == "logits" else self._selected(head_inputs[0], draw)
-            )
+            chosen = self._selected(head_inputs[0], draw) if self.signature.output != "logits" else {}
         presents = {
             f"present.{i}.{part}": getattr(layer, f"{part}s")
             for i, layer in enumerate(out.past_key_values.layers)
             for part in ("key", "value")
         }
         wanted = torch.float32 if self._dtype == torch.bfloat16 else self._dtype
-        return {
-            name: (value.to(wanted) if value.is_floating_point() else value).numpy()
-            for name, value in {**given, **presents}.items()
-        }
+        computed = presents if chosen else {"logits": out.logits, **presents}
+        outputs = {name: value.to(wanted) for name, value in computed.items()}
+        # What is chosen comes in the types of the op, not in the model's.
+        outputs |= {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in chosen.items()}
+        return {name: value.numpy() for name, value in outputs.items()}
 
     @contextlib.contextmanager
     def _tapped_head(self) -> Iterator[list[Tensor]]:

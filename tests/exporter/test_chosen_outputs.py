@@ -125,6 +125,12 @@ def test_fp16_is_no_worse_than_twice_pytorch_in_fp16(kind, output, tmp_path):
         report = check_parity(oracle, candidate, CASES, dtype="fp16", native=native)
     assert report, report.failures
     assert report.oracle_error > 1e-5  # fp16 really was used
+    prompt = feeds.prefill(signature, CASES[0].ids, np.ones_like(CASES[0].ids))
+    outputs = native.infer(prompt | feeds.draws(signature, CASES[0].ids, np.random.default_rng(0)))
+    types = {name: array.dtype for name, array in outputs.items() if name in artifacts["vq"].output_names}
+    whole, wide, half = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.float16)
+    given = {"values": wide, "ids": whole, "logsumexp": wide, "logprob": wide, "code_logits": half}
+    assert types == {name: given.get(name, half) for name in artifacts["vq"].output_names}
 
 
 class Changed:
