@@ -85,8 +85,28 @@ def _export_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Type of weights, cache and logits.",
         ),
         click.option(
-            "-o",
+            "--last-token",
+            is_flag=True,
+            help="The head sees the last position only, all that decoding needs of a prompt.",
+        ),
+        click.option(
+            "--top-k",
+            type=click.IntRange(1, 256),
+            default=50,
+            show_default=True,
+            help="How many tokens a topk graph gives.",
+        ),
+        click.option(
             "--output",
+            type=click.Choice(["logits", "topk", "sample"]),
+            default="logits",
+            show_default=True,
+            help="What the graph gives: logits of the whole vocabulary, the best tokens with their logits and the "
+            "normaliser, or one token drawn at a given random number.",
+        ),
+        click.option(
+            "-o",
+            "--out",
             type=click.Path(path_type=Path),
             default=Path("out"),
             show_default=True,
@@ -145,9 +165,12 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of the summary.")
 def run(
     model: Path,
-    output: Path,
+    out: Path,
     dtype: str,
     opset: int,
+    output: str,
+    top_k: int,
+    last_token: bool,
     text: Path | None,
     positions: int,
     threads: int,
@@ -160,13 +183,13 @@ def run(
     from export_vq.pipeline import RunOptions, run_pipeline
     from export_vq.report import render_summary
 
-    export = ExportOptions(dtype=dtype, opset=opset)
+    export = ExportOptions(dtype=dtype, opset=opset, output=output, top_k=top_k, last_token=last_token)
     options = RunOptions(
         export=export, text=text, baseline=baseline, prompt=prompt, positions=positions, threads=threads
     )
-    report = run_pipeline(model, output, options, Steps())
+    report = run_pipeline(model, out, options, Steps())
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else render_summary(report))
-    console.print(f"report: {output / 'report.html'}")
+    console.print(f"report: {out / 'report.html'}")
     if not report:
         raise CheckFailed("; ".join(failure for check in report.parity for failure in check.failures))
 
@@ -188,7 +211,7 @@ def run(
     show_default=True,
     help="Weights above this go to a .data file.",
 )
-def export(model: Path, output: Path, dtype: str, opset: int, form: str, external_data_mb: int) -> None:
+def export(model: Path, out: Path, form: str, external_data_mb: int, **chosen: Any) -> None:
     """Write MODEL's ONNX graph and its dense twin, nothing more."""
     from export_vq.bundle import Bundle
     from export_vq.files import sha256
@@ -197,10 +220,10 @@ def export(model: Path, output: Path, dtype: str, opset: int, form: str, externa
     from export_vq.steps import export_step
 
     loaded = load_model(model)
-    options = ExportOptions(dtype=dtype, form=form, opset=opset, external_data_bytes=external_data_mb << 20)
-    artifacts = export_step(lambda: loaded, sha256(model), Bundle(output), options, Steps())
+    options = ExportOptions(form=form, external_data_bytes=external_data_mb << 20, **chosen)
+    artifacts = export_step(lambda: loaded, sha256(model), Bundle(out), options, Steps())
     for artifact in artifacts.values():
-        click.echo(f"{output / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
+        click.echo(f"{out / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
 
 
 @cli.command()
@@ -211,6 +234,7 @@ def export(model: Path, output: Path, dtype: str, opset: int, form: str, externa
 def check(model: Path, folder: Path, text: Path | None, positions: int, threads: int, as_json: bool) -> None:
     """Is the graph in FOLDER the same function as the checkpoint MODEL? Exit code 1 when it is not."""
     from export_vq.pipeline import RunOptions, check_folder
+    from export_vq.wording import continued
 
     reports = check_folder(model, folder, RunOptions(text=text, positions=positions, threads=threads), Steps())
     if as_json:
@@ -220,7 +244,7 @@ def check(model: Path, folder: Path, text: Path | None, positions: int, threads:
             total = report.total
             click.echo(
                 f"{'PASS' if report else 'FAIL'}  {report.candidate} against {report.reference}: max error {total.relative_max:.1e} of the logit "
-                f"range, top-1 {total.top1_agreement:.2%} of {total.positions} positions, {report.greedy_equal}/{report.greedy_tokens} greedy tokens"
+                f"range, top-1 {total.top1_agreement:.2%} of {total.positions} positions, {continued(report)}"
             )
     failures = [failure for report in reports for failure in report.failures]
     if failures:

@@ -150,6 +150,7 @@ def build_engine(
         num_bytes=plan.stat().st_size,
         sha256=sha256(plan),
         versions=builder_versions(),
+        **graph.head_output,
     )
     artifact.save(target / f"{kind}.json")
     return artifact
@@ -275,7 +276,7 @@ def _check_outputs(job: _Job, network: Any) -> None:
     source = job.source
     outputs = [network.get_output(i) for i in range(network.num_outputs)]
     dtypes = {tensor.name: DTYPES.get(tensor.dtype.name.lower()) for tensor in outputs}
-    if set(dtypes) != set(source.outputs) or dtypes[source.outputs[0]] != source.dtype:
+    if set(dtypes) != set(source.outputs) or any(dtypes[name] != meant for name, meant in source.output_dtypes.items()):
         said = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise CheckFailed(
             f"{source.kind}: outputs {', '.join(source.outputs)} in {source.dtype} were meant, the network has {said}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -12,13 +13,16 @@ from export_vq import contract, forms
 from export_vq.errors import UserError
 from export_vq.files import sha256
 from export_vq.graph import METADATA_KEY
+from export_vq.outputs import output_of
 from export_vq.profiles import Shape
 
 KINDS = ("vq-plugin", "vq-plain", "dense")
+_DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
 class EngineSource:
-    """A graph of type `dtype` with VQ nodes named `nodes`; `inputs` maps each input to its dimensions, dynamic ones by name."""
+    """A graph of type `dtype` with VQ nodes named `nodes`; `inputs` maps each input to its dimensions, dynamic ones by name,
+    `output_dtypes` each floating-point output to its type."""
 
     def __init__(self, path: Path, kind: str) -> None:
         """Args: model.onnx in portable or plugin form, dense.onnx, or a head alone; one of KINDS.
@@ -30,17 +34,19 @@ class EngineSource:
             raise UserError(f"the kind of engine is {kind!r}, expected one of {', '.join(KINDS)}")
         self.path, self.kind = path, kind
         self.model = read_graph(path)
-        self.nodes = tuple(str(node.name) for node in forms.gather_scatter_nodes(self.model))
-        if kind == "dense" and self.nodes:
-            raise UserError(f"{path}: holds a {contract.GATHER_SCATTER} node, so it is no dense graph; give dense.onnx")
+        nodes = forms.head_nodes(self.model)
+        self.nodes = tuple(str(node.name) for node in nodes)
+        if kind == "dense" and nodes:
+            raise UserError(f"{path}: holds a {nodes[0].op_type} node, so it is no dense graph; give dense.onnx")
         if kind != "dense":
             self._convert()
         self.inputs = {str(v.name): _dims(v) for v in self.model.graph.inputs}
         self.outputs = tuple(str(v.name) for v in self.model.graph.outputs)
+        self.output_dtypes = {str(v.name): _DTYPES[v.dtype] for v in self.model.graph.outputs if v.dtype in _DTYPES}
         self.dtype = _dtype(path, self.model)
 
     def _convert(self) -> None:
-        in_plugin_form = any(contract.CODE_BITS in n.attributes for n in forms.gather_scatter_nodes(self.model))
+        in_plugin_form = any(contract.CODE_BITS in n.attributes for n in forms.head_nodes(self.model))
         if in_plugin_form and self.kind == "vq-plain":
             raise UserError(
                 f"{self.path}: is in the plugin form, which only vq-plugin is built from; give the portable one"
@@ -50,6 +56,17 @@ class EngineSource:
                 forms.convert(self.model, self.kind.removeprefix("vq-"))
             except UserError as error:
                 raise UserError(f"{self.path}: {error}") from error
+
+    @property
+    def head_output(self) -> dict[str, Any]:
+        """`output`, `top_k` and `last_token`, as an artifact has them, read from the graph's outputs."""
+        shapes = {str(v.name): _dims(v) for v in self.model.graph.outputs}
+        first = shapes[self.outputs[0]]
+        return {
+            "output": output_of(self.outputs),
+            "top_k": int(shapes["values"][-1]) if "values" in shapes else 0,
+            "last_token": "input_ids" in self.inputs and first[1] == 1,
+        }
 
     @property
     def data_files(self) -> tuple[str, ...]:
@@ -97,12 +114,13 @@ def _dims(value: ir.Value) -> Shape:
 
 
 def _dtype(source: Path, model: ir.Model) -> str:
-    """The type that the graph was exported in, by its own record; without one, that of its first output."""
-    logits = model.graph.outputs[0]
-    names = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-    if logits.dtype not in names:
-        raise UserError(
-            f"{source}: output {logits.name} is {logits.dtype}, expected float32, float16 or bfloat16; export it again"
-        )
+    """The type that the graph was exported in, by its own record; without one, that of its logits or hidden states."""
     record = model.metadata_props.get(METADATA_KEY)
-    return names[logits.dtype] if record is None else str(json.loads(record)["dtype"])
+    if record is not None:
+        return str(json.loads(record)["dtype"])
+    told = next((v for v in model.graph.outputs if v.name == "logits"), model.graph.inputs[0])
+    if told.dtype not in _DTYPES:
+        raise UserError(
+            f"{source}: {told.name} is {told.dtype}, expected float32, float16 or bfloat16; export it again"
+        )
+    return _DTYPES[told.dtype]

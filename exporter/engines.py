@@ -82,7 +82,7 @@ def _files(source: Path, kinds: Sequence[str], options: EngineOptions) -> tuple[
             raise UserError(f"{file}: no such file; write it with: export-vq export MODEL -o {source}")
         files = {kind: file for kind, file in files.items() if kind not in missing}
     else:
-        is_dense = not forms.gather_scatter_nodes(read_graph(source))
+        is_dense = not forms.head_nodes(read_graph(source))
         files = {kind: source for kind in wanted if kinds or (kind == "dense") == is_dense}
     not_done = []
     if not kinds and "vq-plugin" in files and options.plugin is None:

@@ -15,11 +15,26 @@ Feeds = dict[str, Array]
 
 @dataclass(frozen=True)
 class Signature:
-    """What a decoder graph takes: `cache_shapes` is (KV heads, head_dim) per layer, `cache_dtype` the type of the cache arrays."""
+    """What a decoder graph takes and gives.
+
+    `cache_shapes` is (KV heads, head_dim) per layer, `cache_dtype` the type of the cache arrays. `output` is 'logits',
+    'topk' (the best `top_k` tokens) or 'sample', with `last_token` of the last position only.
+    """
 
     cache_shapes: tuple[tuple[int, int], ...]
     has_position_ids: bool
     cache_dtype: type[np.floating[Any]] = np.float32
+    output: str = "logits"
+    top_k: int = 0
+    last_token: bool = False
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """The constants of a VQ head that turn code logits into logits: `codes` int32 [V, M], `bias` float32 [V] or None."""
+
+    codes: NDArray[np.int32]
+    bias: NDArray[np.float32] | None
 
 
 class Runner(Protocol):
@@ -77,11 +92,23 @@ def step(signature: Signature, input_ids: Array, mask: Array, outputs: Feeds) ->
     return _with_positions(signature, input_ids, mask) | past
 
 
+def draws(
+    signature: Signature, input_ids: Array, random: np.random.Generator, temperature: float = 1.0
+) -> dict[str, Array]:
+    """What a 'sample' graph takes besides: temperature float32 [1], uniform float32 [B, S]. Nothing for other graphs."""
+    if signature.output != "sample":
+        return {}
+    batch, positions = input_ids.shape
+    uniform = random.random((batch, 1 if signature.last_token else positions), np.float32)
+    return {"temperature": np.array([temperature], np.float32), "uniform": uniform}
+
+
 def first_step(runner: Runner, input_ids: Array) -> Feeds:
     """Feeds of the decode step that repeats the last token after a prompt int64 [1, S] went through the KV cache."""
-    start = runner.infer(prefill(runner.signature, input_ids, np.ones_like(input_ids)))
+    signature, again, random = runner.signature, input_ids[:, -1:], np.random.default_rng(0)
+    whole = prefill(signature, input_ids, np.ones_like(input_ids)) | draws(signature, input_ids, random)
     mask = np.ones((1, input_ids.shape[1] + 1), np.int64)
-    return step(runner.signature, input_ids[:, -1:], mask, start)
+    return step(signature, again, mask, runner.infer(whole)) | draws(signature, again, random)
 
 
 def _with_positions(signature: Signature, input_ids: Array, mask: Array) -> Feeds:

@@ -1,7 +1,7 @@
 """Three forms of one graph, made by small rewrites in place.
 
-portable  the `VQGatherScatter` node plus a model-local function of the same name whose body is standard ONNX: stock
-          runtimes inline the body, runtimes with the native kernel registered use that.
+portable  the head's node, `VQGatherScatter`, `VQTopK` or `VQSample`, plus a model-local function of the same name whose
+          body is standard ONNX (bodies.py): stock runtimes inline it, runtimes with our kernel registered use that.
 plain     the function inlined: standard ops only.
 plugin    the function dropped, `plugin_namespace`, `plugin_version`, `code_bits` and `vocab_size` set, the code ids
           packed into int32 words: what TensorRT's parser needs to pick the plugin on every version from 10.0. An embedding
@@ -15,18 +15,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir import tape
-from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedOpsetsPass
+from onnx_ir.passes.common import (
+    InlinePass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
 
 from export_vq import contract
+from export_vq.bodies import function_body
 from export_vq.errors import UserError
+from export_vq.outputs import OPS
 
 FORMS = ("portable", "plain", "plugin")
 MIN_OPSET = 18
-"""First opset with everything the body uses (ReduceSum over an axes input, Shape with start and end)."""
+"""First opset with everything the bodies use (ReduceMax over an axes input; Shape with start and end)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Rewrite:
 
 
 def convert(model: ir.Model, form: str) -> Rewrite:
-    """Bring a graph whose head is a `VQGatherScatter` node, with or without its function, into a form, in place.
+    """Bring a graph whose head is a node of ours, with or without its function, into a form, in place.
 
     Args:
         model: from graph.py or read from a portable file.
@@ -47,10 +53,10 @@ def convert(model: ir.Model, form: str) -> Rewrite:
     Raises:
         UserError: the graph has no such node, or a node refused; the sentence has the reason.
     """
-    nodes = gather_scatter_nodes(model)
+    nodes = head_nodes(model)
     if not nodes:
         raise UserError(
-            f"the graph has no {contract.DOMAIN}::{contract.GATHER_SCATTER} node, so it cannot be brought to the {form} form; "
+            f"the graph has no {contract.DOMAIN} node ({', '.join(OPS.values())}), so it cannot be brought to the {form} form; "
             "give the portable model.onnx"
         )
     done = {"portable": _to_portable, "plain": _to_plain, "plugin": _to_plugin}[form](model, nodes)
@@ -59,27 +65,50 @@ def convert(model: ir.Model, form: str) -> Rewrite:
     return done
 
 
-def gather_scatter_nodes(model: ir.Model) -> list[ir.Node]:
-    """The op's nodes in the main graph."""
-    return [n for n in model.graph if (n.domain, n.op_type) == (contract.DOMAIN, contract.GATHER_SCATTER)]
+def head_nodes(model: ir.Model) -> list[ir.Node]:
+    """Our ops' nodes in the main graph."""
+    return [n for n in model.graph if n.domain == contract.DOMAIN and n.op_type in OPS.values()]
 
 
 def _to_portable(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
-    first = nodes[0]
-    function = function_body(
-        num_codebooks=first.attributes.get_int(contract.NUM_CODEBOOKS),
-        has_bias=len(first.inputs) > 2 and first.inputs[2] is not None,
-        opset=model.graph.opset_imports[""],
-    )
-    model.functions[function.identifier()] = function
+    for node in nodes:
+        function = function_body(
+            node.op_type,
+            num_codebooks=node.attributes.get_int(contract.NUM_CODEBOOKS),
+            has_bias=len(node.inputs) > 2 and node.inputs[2] is not None,
+            opset=model.graph.opset_imports[""],
+        )
+        model.functions[function.identifier()] = function
     return Rewrite(len(nodes))
 
 
 def _to_plain(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
     _to_portable(model, nodes)
     InlinePass()(model)
+    _sort_codes(model)
     RemoveUnusedOpsetsPass()(model)
     return Rewrite(len(nodes))
+
+
+def _sort_codes(model: ir.Model) -> None:
+    """Make constants of the order by (code, token id) that a draw from one codebook wants.
+
+    TensorRT cannot sort them: its TopK gives 3,840 numbers at most.
+    """
+    for node in [n for n in model.graph if n.op_type == "TopK" and n.attributes.get_int("largest", 1) == 0]:
+        codes = node.inputs[0]
+        squeeze = codes.producer() if codes is not None else None
+        source = squeeze.inputs[0] if squeeze is not None else None
+        tensor = None if source is None else ir.convenience.get_const_tensor(source)
+        if source is None or tensor is None:
+            continue
+        ids = tensor.numpy()[:, 0]
+        order = ids.argsort(kind="stable")
+        for old, name, numbers in zip(node.outputs, ("sorted", "order"), (ids[order], order), strict=True):
+            constant = ir.val(f"{source.name}.{name}", const_value=ir.tensor(numbers, name=f"{source.name}.{name}"))
+            model.graph.register_initializer(constant)
+            ir.convenience.replace_all_uses_with(old, constant)
+    RemoveUnusedNodesPass()(model)
 
 
 def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
@@ -125,7 +154,8 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
             _gather_packed(model.graph, reader, packed, bits)
         if not codes.uses():
             model.graph.initializers.pop(str(codes.name))
-    model.functions.pop((contract.DOMAIN, contract.GATHER_SCATTER, ""), None)
+    for node in nodes:
+        model.functions.pop(node.op_identifier(), None)
     RemoveUnusedFunctionsPass()(model)
     return Rewrite(len(nodes) - len(refusals), tuple(refusals))
 
@@ -179,48 +209,3 @@ def unpack_codes(words: NDArray[np.int32], bits: int, vocab_size: int) -> NDArra
     """The inverse of `pack_codes`: int32 words [M, W] -> int32 [V, M]."""
     rows = words.astype("<i4").view({8: "<u1", 16: "<u2"}[bits])
     return np.ascontiguousarray(rows[:, :vocab_size].T).astype(np.int32)
-
-
-def function_body(*, num_codebooks: int, has_bias: bool, opset: int) -> ir.Function:
-    """The op in standard ONNX: one row at a time, each codebook's scores looked up with GatherElements, then summed.
-
-    A loop over rows keeps the scratch at [M, V] whatever the batch; Gather over all rows would need [rows, V, M]. On
-    one core of a 2-core x86 server at V=49152, K=256, ONNX Runtime 1.31 took 17 ms a row for M=144 this way and 74 ms
-    with Gather; 0.1 and 0.8 ms for M=1, K=512. An empty batch is zero iterations.
-    """
-    # A sum over one row would only copy it.
-    total = "ReduceSum <keepdims = 0> (picked, zero)" if num_codebooks > 1 else "Squeeze (picked, zero)"
-    inputs = ", ".join(contract.GATHER_SCATTER_INPUTS if has_bias else contract.GATHER_SCATTER_INPUTS[:2])
-    bias = "bias32 = Cast <to = 1> (bias)\n y32 = Add (sums, bias32)" if has_bias else "y32 = Identity (sums)"
-    text = f"""
-    <opset_import: ["" : {opset}], domain: "{contract.DOMAIN}">
-    {contract.GATHER_SCATTER} <{contract.NUM_CODEBOOKS}> ({inputs}) => (logits)
-    {{
-      zero = Constant <value_ints = [0]> ()
-      rest = Constant <value_ints = [-1]> ()
-      m = Constant <value_int: int = @{contract.NUM_CODEBOOKS}> ()
-      m1 = Unsqueeze (m, zero)
-      table_shape = Concat <axis = 0> (m1, rest)
-      index = Transpose <perm = [1, 0]> (codes)
-      scores = Cast <to = 1> (code_logits)
-      rows = Flatten <axis = -1> (scores)
-      n1 = Shape <start = 0, end = 1> (rows)
-      n = Squeeze (n1, zero)
-      yes = Constant <value = bool {{1}}> ()
-      sums = Loop (n, yes) <body = one_row (int64 i, bool go) => (bool go_on, float[v] y)
-        {{
-          go_on = Identity (go)
-          row = Gather <axis = 0> (rows, i)
-          table = Reshape (row, table_shape)
-          picked = GatherElements <axis = 1> (table, index)
-          y = {total}
-        }}>
-      {bias}
-      lead = Shape <start = 0, end = -1> (code_logits)
-      v1 = Shape <start = 0, end = 1> (codes)
-      shape = Concat <axis = 0> (lead, v1)
-      shaped = Reshape <allowzero = 1> (y32, shape)
-      logits = CastLike (shaped, code_logits)
-    }}
-    """
-    return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -19,7 +19,8 @@ def generate(
     ids, mask = fd.left_pad([prompt])
     outputs = runner.infer(fd.prefill(runner.signature, ids, mask))
     for made in range(1, max_new_tokens + 1):
-        token = int(np.argmax(outputs["logits"][0, -1]))  # argmax takes the first of equals
+        # A graph that chooses gives the best first; argmax takes the first of equals.
+        token = int(outputs["ids"][0, -1, 0] if "ids" in outputs else np.argmax(outputs["logits"][0, -1]))
         if token in eos_ids:
             return
         yield token

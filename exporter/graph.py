@@ -7,9 +7,23 @@ input_ids                                 int64 [batch_size, sequence_length]
 attention_mask                            int64 [batch_size, total_sequence_length], 1 = token, 0 = padding
 position_ids (where the model has them)   int64 [batch_size, sequence_length]
 past_key_values.{i}.key / .value, i < L   T     [batch_size, num_key_value_heads, past_sequence_length, head_dim]
-logits                                    T     [batch_size, sequence_length, vocab_size]
 present.{i}.key / .value, i < L           T     [batch_size, num_key_value_heads, total_sequence_length, head_dim]
 ========================================= ===== ==============================================================
+
+and, by what the head is to give (`--output`), with S = sequence_length, or 1 with `--last-token`, where the head sees the
+last position only; k is `--top-k`:
+
+====== ================================== ======= ============================================================
+logits logits                             T       [batch_size, S, vocab_size]
+topk   values                             float32 [batch_size, S, k], the best logits, falling
+topk   ids                                int64   [batch_size, S, k], equal values by rising id
+topk   logsumexp                          float32 [batch_size, S], over all of the vocabulary
+topk   code_logits (VQ graph only)        T       [batch_size, S, num_codebooks * num_codes], for other tokens' logits
+sample temperature (an input)             float32 [1], above 0
+sample uniform (an input)                 float32 [batch_size, S] in [0, 1)
+sample ids                                int64   [batch_size, S], drawn at `uniform`
+sample logprob                            float32 [batch_size, S], of the drawn token under the tempered softmax
+====== ================================== ======= ============================================================
 
 total_sequence_length = past_sequence_length + sequence_length; a prefill passes a past of length 0. The backbone is
 traced once with a placeholder where the head stands, and one for the input embedding where that is tied to it; the VQ
@@ -49,25 +63,39 @@ from export_vq.embedding import VQEmbedding
 from export_vq.errors import UserError
 from export_vq.files import free_bytes, sha256, whole
 from export_vq.head import VQHead
+from export_vq.head_output import HeadOutput
 from export_vq.load import LoadedModel, convert
+from export_vq.outputs import OPS
 from export_vq.records import OnnxArtifact
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTERNAL_DATA_BYTES = 100 << 20
 """Weights above this go to one .data file beside the graph."""
 DEFAULT_OPSET = 20
+DEFAULT_TOP_K = 50
 METADATA_KEY = f"{contract.DOMAIN}.artifact"
 """Model metadata: the artifact record as JSON, so that the file alone says what it is."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export: `dtype` fp32, fp16 or bf16; `form` one of forms.FORMS; `opset` of the default domain."""
+    """How to export: `dtype` fp32, fp16 or bf16; `form` one of forms.FORMS; `opset` of the default domain.
+
+    `output` is 'logits', 'topk' or 'sample', `top_k` how many tokens 'topk' gives; `last_token`: only of the last position.
+    """
 
     dtype: str = "fp32"
     form: str = "portable"
     opset: int = DEFAULT_OPSET
     external_data_bytes: int = EXTERNAL_DATA_BYTES
+    output: str = "logits"
+    top_k: int = DEFAULT_TOP_K
+    last_token: bool = False
+
+    @property
+    def head_output(self) -> HeadOutput:
+        """What the head is to give; `top_k` only where it counts."""
+        return HeadOutput(self.output, self.top_k if self.output == "topk" else 0, self.last_token)
 
 
 def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> dict[str, OnnxArtifact]:
@@ -90,17 +118,19 @@ def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> di
         raise UserError(
             f"--opset is {options.opset}, expected {forms.MIN_OPSET} or more; leave it out for {DEFAULT_OPSET}"
         )
+    _check_output(options, spec.vocab_size)
     _check_room(loaded, folder, options)
     dtype = TORCH_DTYPES[options.dtype]
     model = loaded.model if dtype == torch.float32 else convert(copy.deepcopy(loaded.model), dtype)
     head = model.lm_head
     assert isinstance(head, VQHead)
     cache_shapes = _cache_shapes(model)
+    output = options.head_output
     artifacts = {}
     trace = _trace(model, head, cache_shapes, dtype, options.opset)
     for kind, name in (("vq", "model.onnx"), ("dense", "dense.onnx")):
         graph = trace.clone() if kind == "vq" else trace
-        layers.attach(graph, head, kind)
+        layers.attach(graph, head, kind, output)
         if kind == "vq":
             forms.convert(graph, options.form)
         artifact = OnnxArtifact(
@@ -121,28 +151,33 @@ def export_onnx(loaded: LoadedModel, folder: Path, options: ExportOptions) -> di
             tied_embedding=loaded.tied_embedding,
             notes=loaded.notes,
             external_data_bytes=options.external_data_bytes,
+            output=output.word,
+            top_k=output.top_k,
+            last_token=output.last_token,
         )
         artifacts[kind] = write_graph(graph, folder, artifact)
     return artifacts
 
 
-def head_graph(head: VQHead, kind: str, *, opset: int = DEFAULT_OPSET) -> ir.Model:
-    """The head alone, hidden_states T [rows, 1, D] -> logits T [rows, 1, V], as it stands in the whole graph.
+def head_graph(head: VQHead, kind: str, *, opset: int = DEFAULT_OPSET, output: HeadOutput | None = None) -> ir.Model:
+    """The head alone, as it stands in the whole graph: hidden_states T [rows, 1, D] -> logits T [rows, 1, V], or what
+    `output` gives instead.
 
     Args:
         head: in the dtype to export.
         kind: 'vq' (portable form) or 'dense'.
+        output: see head_output.HeadOutput; None: logits.
     """
     dtype = ir.DataType[str(head.codebook.dtype).removeprefix("torch.").replace("float32", "float").upper()]
     hidden = ir.val("hidden_states", dtype, ["rows", 1, head.spec.hidden_size])
     placeholder = ir.node(layers.HEAD, [hidden], domain=contract.DOMAIN)
-    output = placeholder.outputs[0]
-    output.name, output.dtype, output.shape = "logits", dtype, ir.Shape(["rows", 1, head.spec.vocab_size])
+    logits = placeholder.outputs[0]
+    logits.name, logits.dtype, logits.shape = "logits", dtype, ir.Shape(["rows", 1, head.spec.vocab_size])
     graph = ir.Graph(
-        [hidden], [output], nodes=[placeholder], opset_imports={"": opset, contract.DOMAIN: 1}, name="head"
+        [hidden], [logits], nodes=[placeholder], opset_imports={"": opset, contract.DOMAIN: 1}, name="head"
     )
     model = ir.Model(graph, ir_version=10, producer_name="export-vq")
-    layers.attach(model, head, kind)
+    layers.attach(model, head, kind, output)
     if kind == "vq":
         forms.convert(model, "portable")
     return model
@@ -187,6 +222,18 @@ def write_graph(model: ir.Model, folder: Path, artifact: OnnxArtifact) -> OnnxAr
     )
     done.save(target.with_name(target.name + ".json"))
     return done
+
+
+def _check_output(options: ExportOptions, vocab_size: int) -> None:
+    """Refuse what no head can give."""
+    if options.output not in OPS:
+        raise UserError(f"--output is {options.output!r}, expected one of {', '.join(OPS)}")
+    most = min(contract.MAX_BEST, vocab_size)
+    if options.output == "topk" and not 1 <= options.top_k <= most:
+        raise UserError(
+            f"--top-k is {options.top_k}, expected 1 to {most}: at most {contract.MAX_BEST}, and the vocabulary has "
+            f"{vocab_size} tokens"
+        )
 
 
 def _check_room(loaded: LoadedModel, folder: Path, options: ExportOptions) -> None:

@@ -118,7 +118,7 @@ def _inspect_checkpoint(path: Path, text: Path | None) -> Inspection:
 def _inspect_onnx(path: Path) -> Inspection:
     import onnx_ir as ir
 
-    from export_vq.forms import gather_scatter_nodes
+    from export_vq.forms import head_nodes
     from export_vq.graph import METADATA_KEY
 
     try:
@@ -130,7 +130,8 @@ def _inspect_onnx(path: Path) -> Inspection:
     if metadata is None:
         raise UserError(f"{path}: not written by export-vq (no {METADATA_KEY} metadata); give one of its files")
     artifact = OnnxArtifact.from_json(json.loads(metadata))
-    nodes = len(gather_scatter_nodes(model))
+    nodes = head_nodes(model)
+    ops = ", ".join(dict.fromkeys(f"{node.domain}::{node.op_type}" for node in nodes)) or contract.DOMAIN
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     data = [path.with_name(name) for name in {str(w.location) for w in weights if isinstance(w, ir.ExternalTensor)}]
     missing = [file.name for file in data if not file.is_file()]
@@ -147,7 +148,7 @@ def _inspect_onnx(path: Path) -> Inspection:
         numbers=sum(w.size for w in weights if w.dtype.is_floating_point()),
         tied_embedding=artifact.tied_embedding,
         notes=(
-            f"{nodes} {contract.DOMAIN}::{contract.GATHER_SCATTER} node{'' if nodes == 1 else 's'}, functions: {functions}",
+            f"{len(nodes)} {ops} node{'' if len(nodes) == 1 else 's'}, functions: {functions}",
             f"inputs: {', '.join(_named(artifact.input_names))}",
             f"outputs: {', '.join(_named(artifact.output_names))}",
             *artifact.notes,

@@ -1,5 +1,7 @@
 """The layers that VQ replaces, as ONNX ops: the head and the embedding tied to it, or their dense twins.
 
+What the head ends in, V logits, the k best tokens or a drawn one, is built by head_output.py.
+
 graph.py traces a model with a placeholder where each of them stands; `attach` builds over the placeholders.
 """
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from export_vq import contract
 from export_vq.head import VQHead
+from export_vq.head_output import HeadOutput, op_node, select, tell_one_position
 
 HEAD = "Head"
 """Placeholder: hidden states T [.., D] in, logits T [.., V] out."""
@@ -20,25 +23,38 @@ ROWS = "Rows"
 """Placeholder: token ids int64 [B, S] in, rows of the tied embedding T [B, S, D] out."""
 
 
-def attach(model: ir.Model, head: VQHead, kind: str) -> None:
+def attach(model: ir.Model, head: VQHead, kind: str, output: HeadOutput | None = None) -> None:
     """Build the layers of a kind where their placeholders stand, in place.
 
     Args:
         model: a graph with one `HEAD` node and at most one `ROWS` node, both of the contract's domain.
         head: in the graph's dtype.
         kind: 'vq', or 'dense' for the dense twin.
+        output: see HeadOutput; None: V logits of every position. The graph's inputs and outputs follow it.
+
+    Raises:
+        UserError: the model changes its logits after the head, and the output is to be made of them inside the head.
     """
+    output = output or HeadOutput()
     found = {n.op_type: n for n in model.graph if n.domain == contract.DOMAIN}
     rows = found.get(ROWS)
-    op = tape.Tape()
-    hidden = _input(found[HEAD])
+    op, graph, placeholder = tape.Tape(), model.graph, found[HEAD]
+    hidden = _input(placeholder)
+    if output.last_token:
+        hidden = op.op("Slice", [hidden, *(_ints(graph, n, [i]) for n, i in _LAST.items())])  # [B, 1, D]
     if kind == "vq":
-        built = _vq_head(op, model.graph, hidden, head)
+        inputs = _code_space(op, graph, hidden, head)
     else:
-        built = _dense_head(op, model.graph, hidden, head, tied=rows is not None)
-    _replace(model.graph, found[HEAD], op, built)
-    logits = found[HEAD].outputs[0]
-    built.name = logits.name if logits.name == "logits" else "head_logits"
+        inputs = [_dense_head(op, graph, hidden, head, tied=rows is not None)]
+    if output.word == "logits":
+        built = op_node(op, inputs, head, output)[0] if kind == "vq" else inputs[0]
+        _replace(graph, placeholder, op, built)
+        logits = placeholder.outputs[0]
+        built.name = logits.name if logits.name == "logits" else "head_logits"
+        if output.last_token:
+            tell_one_position(built)
+    else:
+        select(model, op, placeholder, inputs, head, kind, output)
     if rows is not None:
         op, tokens = tape.Tape(), _input(rows)
         if kind == "vq":
@@ -51,6 +67,10 @@ def attach(model: ir.Model, head: VQHead, kind: str) -> None:
     else:
         model.graph.opset_imports[contract.DOMAIN] = contract.VERSION
     RemoveUnusedNodesPass()(model)
+
+
+_LAST = {"last": -1, "past_last": 2**63 - 1, "positions": 1}
+"""Slice's start, end and axis for the last position of [B, S, D]."""
 
 
 def _input(node: ir.Node) -> ir.Value:
@@ -86,7 +106,8 @@ def _dense_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead, 
     return logits if head.bias is None else op.op("Add", [logits, _constant(graph, "lm_head.bias", twin.bias)])
 
 
-def _vq_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> ir.Value:
+def _code_space(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> list[ir.Value]:
+    """What every op of ours takes first: code logits [.., M*K], codes and, where there is one, bias."""
     m, k, width = head.spec.codebook_shape
     if head.spec.kind == "product":
         if head.rotation is not None:
@@ -114,14 +135,7 @@ def _vq_head(op: tape.Tape, graph: ir.Graph, hidden: ir.Value, head: VQHead) -> 
     inputs = [code_logits, _constant(graph, "lm_head.codes", head.codes)]
     if head.bias is not None:
         inputs.append(_constant(graph, "lm_head.bias", head.bias))
-    return op.op(
-        contract.GATHER_SCATTER,
-        inputs,
-        {contract.NUM_CODEBOOKS: m},
-        domain=contract.DOMAIN,
-        version=contract.VERSION,
-        name="lm_head",
-    )
+    return inputs
 
 
 # ----------------------------------------------------------------------------------------------- the tied embedding

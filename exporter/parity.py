@@ -5,21 +5,25 @@ Limits:
 fp32        largest error at most 1e-5 of the logit range: ten times what float32 sums over a few thousand terms and a few
             dozen layers leave (eps 6e-8), and far below what one wrong code id or token does. Top-1 equal everywhere.
 fp16, bf16  no worse than twice the error of PyTorch computing in the same type, both against the float64 oracle.
+
+Graphs that give chosen tokens instead of logits are held to the same limits in what they say of those tokens
+(choice_errors.py), and every draw to the exact distribution, but for boundaries that rounding moves.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export_vq import feeds as fd
+from export_vq.choice_errors import TEMPERATURE, ChoiceErrors, order_of_draws
 from export_vq.generate import generate
-from export_vq.records import ErrorStats, ParityCase, ParityReport
+from export_vq.logit_errors import ErrorAccumulator, largest
+from export_vq.records import COMPARED, ErrorStats, ParityCase, ParityReport
 
 RELATIVE_MAX_FP32 = 1e-5
 HALF_FACTOR = 2.0
@@ -27,9 +31,14 @@ LONGEST = 256
 STEPS = 8
 """Tokens of a standard case, and how many of them are decode steps."""
 
-Floats = NDArray[np.floating[Any]]
-_EDGES = np.arange(-12.0, 3.01, 0.5)
-_SAMPLE = 13  # every 13th token enters the histogram: prime, so no structure of the vocabulary is favoured
+
+class Reference(fd.Runner, Protocol):
+    """A runner whose `topk` and `sample` outputs come with the `logits` that they were chosen from, as TorchRunner's do."""
+
+    @property
+    def head(self) -> fd.HeadTables | None:
+        """The tables of its VQ head."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class CaseInput:
 
 
 def check_parity(
-    reference: fd.Runner,
+    reference: Reference,
     candidate: fd.Runner,
     cases: Sequence[CaseInput],
     *,
@@ -60,12 +69,14 @@ def check_parity(
     """Run both through every case and judge.
 
     Args:
-        reference: PyTorch in float32 for an fp32 candidate; the float64 oracle for fp16 and bf16.
+        reference: PyTorch in float32 for an fp32 candidate; the float64 oracle for fp16 and bf16. It gives
+            what the candidate gives.
         candidate: what was exported.
         cases: at least one.
         dtype: 'fp32', 'fp16' or 'bf16', the candidate's.
         native: PyTorch in the candidate's type; needed for fp16 and bf16.
-        greedy_tokens: length of the greedy continuation that must agree (fp32; counted only otherwise); 0 skips it.
+        greedy_tokens: length of the greedy continuation that must agree (fp32; counted only otherwise); 0 skips it,
+            and so does a graph that draws its tokens.
         relative_max: fp32 limit on max error over logit range.
         progress: called with the fraction done.
 
@@ -74,7 +85,10 @@ def check_parity(
     """
     if dtype != "fp32" and native is None:
         raise ValueError(f"a {dtype} check needs PyTorch in {dtype} to compare with")
-    total, own = ErrorAccumulator(), ErrorAccumulator()
+    output = candidate.signature.output
+    if output == "sample":
+        greedy_tokens = 0
+    total, own = _errors(reference, output), _errors(reference, output)
     done, work = 0, sum(case.ids.size for case in cases)
     results = []
     for case in cases:
@@ -86,8 +100,10 @@ def check_parity(
     equal = _equal_greedy(reference, candidate, cases[0], greedy_tokens)
     stats = total.stats()
     if dtype == "fp32":
-        limits = {"relative_max": relative_max, "cache_relative_max": relative_max, "top1_agreement": 1.0}
-        failures = _fp32_failures(stats, results, relative_max, equal, greedy_tokens)
+        limits = {"relative_max": relative_max, "cache_relative_max": relative_max}
+        if output == "logits":
+            limits["top1_agreement"] = 1.0
+        failures = _fp32_failures(stats, results, limits, COMPARED[output], equal, greedy_tokens)
     else:
         limits = {"max_abs": HALF_FACTOR * own.stats().max_abs, "mean_abs": HALF_FACTOR * own.stats().mean_abs}
         failures = [
@@ -95,6 +111,15 @@ def check_parity(
             for name, limit in limits.items()
             if not getattr(stats, name) <= limit
         ]
+    boundary_draws = None
+    if isinstance(total, ChoiceErrors) and isinstance(own, ChoiceErrors):
+        if dtype == "fp32":
+            allowed = relative_max * stats.logit_range, relative_max * total.code_scale
+        else:
+            allowed = HALF_FACTOR * own.logit_error, HALF_FACTOR * own.code_error
+        found, boundary, boundary_draws = total.judge(*allowed)
+        failures += found
+        limits |= boundary
     return ParityReport(
         reference=reference.name,
         candidate=candidate.name,
@@ -107,6 +132,8 @@ def check_parity(
         oracle_error=stats.max_abs if native is not None else None,
         greedy_tokens=greedy_tokens,
         greedy_equal=equal,
+        output=output,
+        boundary_draws=boundary_draws,
     )
 
 
@@ -135,13 +162,28 @@ def standard_cases(
     return cases
 
 
+def _errors(reference: Reference, output: str) -> ErrorAccumulator | ChoiceErrors:
+    """An empty account of what the graphs give."""
+    if output == "logits":
+        return ErrorAccumulator()
+    tables = reference.head
+    assert tables is not None, "graphs that choose tokens have a VQ head"
+    return ChoiceErrors(order_of_draws(tables.codes))
+
+
 def _fp32_failures(
-    stats: ErrorStats, results: list[tuple[ParityCase, float]], limit: float, equal: int, greedy_tokens: int
+    stats: ErrorStats,
+    results: list[tuple[ParityCase, float]],
+    limits: dict[str, float],
+    said: str,
+    equal: int,
+    greedy_tokens: int,
 ) -> list[str]:
     failures = []
+    limit = limits["relative_max"]
     if not stats.relative_max <= limit:  # written so that NaN fails
-        failures.append(f"largest logit error is {stats.relative_max:.2e} of the logit range, allowed {limit:.0e}")
-    if stats.top1_agreement != 1.0:
+        failures.append(f"largest {said} error is {stats.relative_max:.2e} of the logit range, allowed {limit:.0e}")
+    if "top1_agreement" in limits and stats.top1_agreement != 1.0:
         failures.append(
             f"top-1 tokens agree at {stats.top1_agreement:.4%} of {stats.positions} positions, expected all"
         )
@@ -156,10 +198,12 @@ def _fp32_failures(
 
 
 def _run_case(
-    case: CaseInput, reference: fd.Runner, candidate: fd.Runner, total: ErrorAccumulator
+    case: CaseInput, reference: Reference, candidate: fd.Runner, total: ErrorAccumulator | ChoiceErrors
 ) -> tuple[ParityCase, float]:
     """One case through both, each with its own cache. Returns the case and the cache error over the cache's range."""
-    here = ErrorAccumulator()
+    signature = candidate.signature
+    here = _errors(reference, signature.output)
+    random = np.random.default_rng(0)
     batch = len(case.ids)
     mask = np.ones_like(case.ids)
     for row, padding in enumerate(case.padding):
@@ -168,11 +212,15 @@ def _run_case(
     cache_error, cache_scale = 0.0, 0.0
     for start, stop in [(0, case.prefill)] + [(i, i + 1) for i in range(case.prefill, case.ids.shape[1])]:
         ids, seen = case.ids[:, start:stop], mask[:, :stop]
+        draw = fd.draws(signature, ids, random, TEMPERATURE)
         outputs = [
             runner.infer(
-                fd.prefill(runner.signature, ids, seen)
-                if start == 0
-                else fd.step(runner.signature, ids, seen, outputs[i])
+                draw
+                | (
+                    fd.prefill(runner.signature, ids, seen)
+                    if start == 0
+                    else fd.step(runner.signature, ids, seen, outputs[i])
+                )
             )
             for i, runner in enumerate((reference, candidate))
         ]
@@ -180,15 +228,22 @@ def _run_case(
         targets = np.concatenate(
             [case.ids[:, start + 1 : stop + 1], np.full((batch, int(stop == case.ids.shape[1])), -1)], 1
         )
-        rows = [out["logits"][real] for out in outputs]
-        for accumulator in (here, total):
-            accumulator.add(rows[0], rows[1], targets[real])
+        if signature.last_token:
+            real, targets = real[:, -1:], targets[:, -1:]
+        first, second = (
+            {name: array[real] for name, array in out.items() if not name.startswith("present.")} for out in outputs
+        )
+        for account in (here, total):
+            if isinstance(account, ChoiceErrors):
+                account.add(first, second, targets[real], draw["uniform"][real] if draw else None)
+            else:
+                account.add(first["logits"], second["logits"], targets[real])
     valid = mask.astype(bool)[:, None, :, None]  # what padding left in the cache is never read
     for name in outputs[0]:
         if name.startswith("present."):
             pair = [np.where(valid, out[name].astype(np.float64), 0.0) for out in outputs]
-            cache_error = max(cache_error, _max(np.abs(pair[0] - pair[1])))
-            cache_scale = max(cache_scale, _max(np.abs(pair[0])))
+            cache_error = max(cache_error, largest(np.abs(pair[0] - pair[1])))
+            cache_scale = max(cache_scale, largest(np.abs(pair[0])))
     result = ParityCase(
         name=case.name,
         batch=batch,
@@ -201,11 +256,6 @@ def _run_case(
     return result, cache_error / cache_scale if cache_scale else cache_error
 
 
-def _max(values: Floats) -> float:
-    """The maximum, NaN if any is NaN."""
-    return float(values.max(initial=0.0))
-
-
 def _equal_greedy(reference: fd.Runner, candidate: fd.Runner, case: CaseInput, length: int) -> int:
     """How many leading greedy tokens agree after half of the first row's prefill."""
     if not length:
@@ -215,87 +265,3 @@ def _equal_greedy(reference: fd.Runner, candidate: fd.Runner, case: CaseInput, l
     ].tolist()  # half: leaves the model positions to write in
     pairs = zip(generate(reference, prompt, length), generate(candidate, prompt, length), strict=True)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), length)
-
-
-@dataclass
-class ErrorAccumulator:
-    """Streaming statistics of candidate logits against reference logits, row by row."""
-
-    positions: int = 0
-    elements: int = 0
-    max_abs: float = 0.0
-    sum_abs: float = 0.0
-    low: float = math.inf
-    high: float = -math.inf
-    cosine: float = 1.0
-    kl: list[Floats] = field(default_factory=list)
-    nll: list[Floats] = field(default_factory=list)
-    top1: int = 0
-    top5: float = 0.0
-    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(_EDGES) - 1, np.int64))
-
-    def add(self, reference: Floats, candidate: Floats, targets: NDArray[np.int64]) -> None:
-        """Take in rows: both [rows, V]; `targets` [rows] the next token, -1 where unknown."""
-        for start in range(0, len(reference), 64):  # bounded scratch: 64 x V in float64
-            part = slice(start, start + 64)
-            self._add(reference[part].astype(np.float64), candidate[part].astype(np.float64), targets[part])
-
-    def _add(self, a: Floats, b: Floats, targets: NDArray[np.int64]) -> None:
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            self.max_abs, a, b = (
-                math.nan,
-                np.nan_to_num(a),
-                np.nan_to_num(b),
-            )  # NaN stays NaN below, and fails every limit
-        error = np.abs(a - b)
-        self.positions += len(a)
-        self.elements += a.size
-        self.max_abs = float(np.maximum(self.max_abs, _max(error)))
-        self.sum_abs += float(error.sum())
-        self.low, self.high = min(self.low, float(a.min())), max(self.high, float(a.max()))
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        self.cosine = float(np.minimum(self.cosine, ((a * b).sum(1) / np.maximum(norms, 1e-300)).min()))
-        log_a, log_b = _log_softmax(a), _log_softmax(b)
-        self.kl.append((np.exp(log_a) * (log_a - log_b)).sum(1))
-        known = np.flatnonzero(targets >= 0)
-        self.nll.append(np.stack([-log_a[known, targets[known]], -log_b[known, targets[known]]]))
-        for row_a, row_b in zip(a, b, strict=True):
-            best_a, best_b = top_ids(row_a, 5), top_ids(row_b, 5)
-            self.top1 += int(best_a[0] == best_b[0])
-            self.top5 += len(np.intersect1d(best_a, best_b)) / len(best_a)
-        sample = np.log10(np.maximum(error[:, ::_SAMPLE], 10.0 ** _EDGES[0]))
-        self.histogram += np.histogram(np.minimum(sample, _EDGES[-1]), _EDGES)[0]
-
-    def stats(self) -> ErrorStats:
-        """The numbers so far."""
-        kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
-        nll = np.concatenate(self.nll, axis=1) if self.nll else np.zeros((2, 0))
-        perplexity = np.exp(nll.mean(axis=1)) if nll.size else np.full(2, np.nan)
-        return ErrorStats(
-            positions=self.positions,
-            max_abs=self.max_abs,
-            mean_abs=self.sum_abs / max(self.elements, 1),
-            logit_range=self.high - self.low,
-            cosine_min=self.cosine,
-            kl_mean=float(kl.mean()),
-            kl_p99=float(np.quantile(kl, 0.99)),
-            top1_agreement=self.top1 / max(self.positions, 1),
-            top5_agreement=self.top5 / max(self.positions, 1),
-            perplexity_reference=float(perplexity[0]),
-            perplexity_candidate=float(perplexity[1]),
-            error_histogram=tuple((float(edge), int(n)) for edge, n in zip(_EDGES[1:], self.histogram, strict=True)),
-        )
-
-
-def top_ids(row: Floats, k: int) -> NDArray[np.int64]:
-    """The k best token ids of logits [V], falling by value; equal values by rising id."""
-    k = min(k, row.size)
-    bound = np.partition(row, -k)[-k]
-    ids = np.flatnonzero(row >= bound)  # all that tie at the boundary
-    return ids[np.lexsort((ids, -row[ids]))][:k]
-
-
-def _log_softmax(logits: Floats) -> Floats:
-    shifted: Floats = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted

@@ -159,6 +159,10 @@ class _Run:
             ]
             bench_key = {**check_key, "device": device_name(), "threads": options.threads}
             bench = self._step("bench", bench_key, BenchReport, lambda tell: self._bench(artifacts, tell))
+            if artifacts["vq"].output == "sample":
+                self.not_done.append(
+                    "continuation: this graph draws its tokens, the greedy one is not among its outputs; export with --output topk"
+                )
             written = self._step(
                 "write", {**key, "prompt": options.prompt}, Continuation, lambda _: self._write(artifacts["vq"])
             )
@@ -297,7 +301,13 @@ class _Run:
         signatures = {kind: signature_of(artifact) for kind, artifact in artifacts.items()}
         with (
             tempfile.TemporaryDirectory() as scratch,
-            head_workloads(head, Path(scratch), opset=self.options.export.opset, threads=threads) as heads,
+            head_workloads(
+                head,
+                Path(scratch),
+                opset=self.options.export.opset,
+                threads=threads,
+                output=self.options.export.head_output,
+            ) as heads,
             runners(files, signatures, threads, native=self._is_native(artifacts["vq"])) as models,
         ):
             step = step_workload(models, self._blocks(min(128, self.loaded.max_positions - 1), 1))
@@ -307,6 +317,8 @@ class _Run:
             return run_benchmark([*heads, step], threads=threads, dtype=dtype, backend=backend, progress=tell)
 
     def _write(self, artifact: OnnxArtifact) -> Continuation:
+        if artifact.output == "sample":
+            return Continuation("", "")
         try:
             tokenizer = self.loaded.tokenizer()
         except UserError:

@@ -10,8 +10,9 @@ from typing import Any
 
 from export_vq import contract
 from export_vq.errors import CheckFailed
+from export_vq.outputs import OPS
 from export_vq.records import PluginLayer
-from export_vq.trt import DTYPES, PLUGINS
+from export_vq.trt import DTYPES
 
 _WRITTEN = {
     "bf16": ("bf16", "bfloat16"),
@@ -76,7 +77,7 @@ def read_layers(text: str) -> Layers:
             plugins.append(
                 PluginLayer(
                     name=str(layer.get("Name", "")),
-                    plugin=next((name for name in PLUGINS if name in told), str(layer.get("PluginType", ""))),
+                    plugin=next((op for op in OPS.values() if op in told), str(layer.get("PluginType", ""))),
                     version=str(layer.get("PluginVersion", "")),
                     namespace=str(layer.get("PluginNamespace", "")),
                     input_dtypes=_dtypes(layer.get("Inputs", [])),
@@ -112,15 +113,13 @@ def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> 
     ours = [
         p
         for p in found.plugins
-        if (p.plugin in PLUGINS or (not p.plugin and p.name in nodes)) and p.namespace in (contract.DOMAIN, "")
+        if (p.plugin in OPS.values() or (not p.plugin and p.name in nodes)) and p.namespace in (contract.DOMAIN, "")
     ]
     if len(ours) != len(nodes):
-        raise CheckFailed(
-            f"{kind}: {len(nodes)} {contract.DOMAIN} plugin layer(s) were meant, the {found.source} has {said}"
-        )
+        raise CheckFailed(f"{kind}: {len(nodes)} {contract.DOMAIN} layer(s) were meant, the {found.source} has {said}")
     for layer in ours:
-        # Without a type told there is nothing to hold it to here; the network's told all. Of the ops only VQGatherScatter has
-        # one output, which is in the type that it computes in.
+        # Without a type told there is nothing to hold it to here; the network's told all. Logits, the one output of their
+        # op, come out in the type; values and ids do not.
         outputs = layer.output_dtypes if len(layer.output_dtypes) == 1 else ()
         types = {*layer.input_dtypes[:1], *outputs} - {""}
         if any(DTYPES.get(name) != dtype for name in types):

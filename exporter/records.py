@@ -149,6 +149,12 @@ class OnnxArtifact(Record):
     notes: tuple[str, ...] = ()
     external_data_bytes: int = 0
     """Weights above this were to go to a .data file."""
+    output: str = "logits"
+    """What the head gives: 'logits', 'topk' or 'sample'."""
+    top_k: int = 0
+    """How many tokens a 'topk' graph gives."""
+    last_token: bool = False
+    """The head gives it of the last position only."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,10 @@ class ParityCase(Record):
     """Largest error of the returned KV cache."""
 
 
+COMPARED = {"logits": "logit", "topk": "value", "sample": "log-probability"}
+"""What graphs are compared by, by what they give."""
+
+
 @dataclass(frozen=True)
 class ParityReport(Record):
     """The export gap: is the candidate the same function as the reference? Truthy when every limit holds."""
@@ -210,6 +220,15 @@ class ParityReport(Record):
     """Half precision only: the candidate's max abs error against the same oracle."""
     greedy_tokens: int = 0
     greedy_equal: int = 0
+    output: str = "logits"
+    """What the graphs give: 'logits', 'topk' or 'sample'; errors are of logits, values or log-probabilities."""
+    boundary_draws: int | None = None
+    """'sample' only: draws where rounding at a boundary of the distribution chose the neighbour."""
+
+    @property
+    def compared(self) -> str:
+        """What the errors are of."""
+        return COMPARED[self.output]
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -315,6 +334,10 @@ class EngineArtifact(Record):
     num_bytes: int
     sha256: str
     versions: dict[str, str]
+    output: str = "logits"
+    top_k: int = 0
+    last_token: bool = False
+    """What the head gives, as in `OnnxArtifact`."""
 
 
 @dataclass(frozen=True)

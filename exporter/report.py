@@ -78,7 +78,7 @@ def render_summary(report: RunReport) -> str:
         f"D={spec.hidden_size:,} M={spec.num_codebooks} K={spec.num_codes:,}"
     )
     lines += [
-        f"- export gap, {parity.candidate}: largest logit error {number(parity.total.max_abs)} "
+        f"- export gap, {parity.candidate}: largest {parity.compared} error {number(parity.total.max_abs)} "
         f"({number(parity.total.relative_max)} of the logit range), same top token at "
         f"{share(parity.total.top1_agreement)} of {parity.total.positions:,} positions"
         for parity in report.parity

@@ -5,21 +5,28 @@ Arrays are numpy; bfloat16 travels as float32, which holds every bfloat16 number
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from export_vq import contract
+from export_vq import codespace
+from export_vq.contract import HEAD_PREFIX
 from export_vq.errors import CheckFailed, UserError
-from export_vq.feeds import Closing, Feeds, Signature
+from export_vq.feeds import Closing, Feeds, HeadTables, Signature
+from export_vq.head import VQHead, gather_scatter
 from export_vq.load import LoadedModel, convert
+from export_vq.outputs import OPS
 from export_vq.plugins.library import Library, find
 from export_vq.records import OnnxArtifact
 from export_vq.require import require
@@ -43,12 +50,22 @@ class TorchRunner(Closing):
         """Args: the model; the signature of its graph; the type to compute in (other than the model's: a copy)."""
         held = next(loaded.model.parameters()).dtype
         self.name = f"PyTorch {str(dtype).removeprefix('torch.')}"
-        self.signature = Signature(signature.cache_shapes, signature.has_position_ids, _NUMPY[dtype])
+        self.signature = replace(signature, cache_dtype=_NUMPY[dtype])
         self._dtype = dtype
         self._model: nn.Module | None = loaded.model if held == dtype else convert(copy.deepcopy(loaded.model), dtype)
         if dtype == torch.float64:
             # Eager attention takes its softmax in float32, where a float64 mask overflows to -inf and padding to NaN.
             self._model.set_attn_implementation("sdpa")  # type: ignore[operator]
+
+    @property
+    def head(self) -> HeadTables | None:
+        """The tables of the model's VQ head; None where it has none."""
+        assert self._model is not None, "the runner is closed"
+        layer = self._model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(layer, VQHead):
+            return None
+        bias = None if layer.bias is None else layer.bias.detach().float().numpy()
+        return HeadTables(layer.codes.numpy(), bias)
 
     def infer(self, feeds: Feeds) -> Feeds:
         from transformers import DynamicCache
@@ -57,15 +74,52 @@ class TorchRunner(Closing):
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
         layers = range(len(self.signature.cache_shapes))
         pairs = [[tensors.pop(f"past_key_values.{i}.{p}").to(self._dtype) for p in ("key", "value")] for i in layers]
-        with torch.inference_mode():
+        draw: dict[str, Tensor] = {name: tensors.pop(name) for name in ("temperature", "uniform") if name in tensors}
+        with torch.inference_mode(), self._tapped_head() as head_inputs:
             out = self._model(**tensors, past_key_values=DynamicCache(ddp_cache_data=pairs), use_cache=True)
+            chosen = self._selected(head_inputs[0], draw) if self.signature.output != "logits" else {}
         presents = {
             f"present.{i}.{part}": getattr(layer, f"{part}s")
             for i, layer in enumerate(out.past_key_values.layers)
             for part in ("key", "value")
         }
         wanted = torch.float32 if self._dtype == torch.bfloat16 else self._dtype
-        return {name: value.to(wanted).numpy() for name, value in {"logits": out.logits, **presents}.items()}
+        computed = presents if chosen else {"logits": out.logits, **presents}
+        outputs = {name: value.to(wanted) for name, value in computed.items()}
+        # What is chosen comes in the types of the op, not in the model's.
+        outputs |= {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in chosen.items()}
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    @contextlib.contextmanager
+    def _tapped_head(self) -> Iterator[list[Tensor]]:
+        """Keeps what enters the output layer; where no V logits are asked for, the layer itself gets no positions."""
+        seen: list[Tensor] = []
+
+        def tap(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            hidden = inputs[0][:, -1:] if self.signature.last_token else inputs[0]
+            seen.append(hidden)
+            return (hidden if self.signature.output == "logits" else hidden[:, :0],)
+
+        handle = self._model.get_output_embeddings().register_forward_pre_hook(tap)  # type: ignore[union-attr,operator]
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _selected(self, hidden: Tensor, draw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a 'topk' or 'sample' graph gives of hidden states [B, S, D], and the `logits` that it was chosen from."""
+        head = self._model.get_output_embeddings()  # type: ignore[union-attr,operator]
+        code_logits = head.code_logits(hidden)
+        wide = code_logits if code_logits.dtype == torch.float64 else code_logits.float()
+        logits = gather_scatter(wide, head.codes, head.bias)  # summed in float32 and, as in the op, not rounded after
+        if self.signature.output == "topk":
+            best = codespace.top_k(code_logits, head.codes, head.bias, self.signature.top_k)
+            chosen = {"values": best.values, "ids": best.ids, "logsumexp": best.logsumexp, "code_logits": code_logits}
+        else:
+            temperature = float(draw["temperature"])
+            ids, logprob = codespace.sample(code_logits, head.codes, head.bias, draw["uniform"], temperature)
+            chosen = {"ids": ids, "logprob": logprob}
+        return {**chosen, "logits": logits}
 
     def close(self) -> None:
         self._model = None
@@ -101,6 +155,7 @@ class OrtRunner(Closing):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
         self.signature = signature
+        self._path = path
         self.native_nodes: int | None = 0
         self._profiles: tempfile.TemporaryDirectory[str] | None = None
         library = native_library() if native else None
@@ -124,6 +179,16 @@ class OrtRunner(Closing):
         outputs = dict(zip(names, self._session.run(names, feeds), strict=True))
         self._read_profile()
         return outputs
+
+    @cached_property
+    def head(self) -> HeadTables | None:
+        """The tables of the graph's VQ head, read from its initializers; None where it has none, as the dense twin."""
+        weights = ir.load(self._path).graph.initializers
+        codes, bias = (weights.get(f"{HEAD_PREFIX}{name}") for name in ("codes", "bias"))
+        if codes is None or codes.const_value is None:
+            return None
+        table = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
+        return HeadTables(codes.const_value.numpy(), table)
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
         """A run of these feeds over and over, into the same memory: what a decoding loop does, and what is timed."""
@@ -151,7 +216,7 @@ class OrtRunner(Closing):
         if self._profiles is None:
             return
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        ran = {e["name"] for e in events if e.get("args", {}).get("op_name") == contract.GATHER_SCATTER}
+        ran = {e["name"] for e in events if e.get("args", {}).get("op_name") == OPS[self.signature.output]}
         self.native_nodes = len(ran)
         self._profiles.cleanup()
         self._profiles = None
@@ -171,4 +236,11 @@ def native_library() -> Library | None:
 def signature_of(artifact: OnnxArtifact) -> Signature:
     """The signature of an exported decoder graph."""
     cache_dtype = np.float16 if artifact.dtype == "fp16" else np.float32
-    return Signature(artifact.cache_shapes, "position_ids" in artifact.input_names, cache_dtype)
+    return Signature(
+        artifact.cache_shapes,
+        "position_ids" in artifact.input_names,
+        cache_dtype,
+        artifact.output,
+        artifact.top_k,
+        artifact.last_token,
+    )

@@ -126,7 +126,11 @@ def export_step(
 ) -> dict[str, OnnxArtifact]:
     """Export, or the artifacts on disk when they were made from the same source with the same options and versions."""
     versions = tuple(version(name) for name in _EXPORTERS)
-    wanted = (source, options.dtype, options.opset, options.external_data_bytes, *versions)
+    output = options.head_output
+    wanted = (
+        *(source, options.dtype, options.opset, options.external_data_bytes),
+        *(output.word, output.top_k, output.last_token, *versions),
+    )
     kept = {"vq": bundle.artifact("model.onnx"), "dense": bundle.artifact("dense.onnx")}
     found = {name: a for name, a in kept.items() if a is not None}
     if len(found) == 2 and found["vq"].form == options.form and all(_made_from(a) == wanted for a in found.values()):
@@ -143,4 +147,7 @@ def export_step(
 
 def _made_from(artifact: OnnxArtifact) -> tuple[Any, ...]:
     versions = tuple(artifact.versions.get(name) for name in _EXPORTERS)
-    return (artifact.source_sha256, artifact.dtype, artifact.opset, artifact.external_data_bytes, *versions)
+    return (
+        *(artifact.source_sha256, artifact.dtype, artifact.opset, artifact.external_data_bytes),
+        *(artifact.output, artifact.top_k, artifact.last_token, *versions),
+    )

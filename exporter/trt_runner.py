@@ -35,7 +35,14 @@ _Key = tuple[tuple[str, int, tuple[int, ...]], ...]
 def signature_of_engine(artifact: EngineArtifact) -> Signature:
     """The signature of a decoder engine; of a head alone the empty one."""
     cache_dtype = np.float16 if artifact.dtype == "fp16" else np.float32
-    return Signature(artifact.cache_shapes, "position_ids" in artifact.input_names, cache_dtype)
+    return Signature(
+        artifact.cache_shapes,
+        "position_ids" in artifact.input_names,
+        cache_dtype,
+        artifact.output,
+        artifact.top_k,
+        artifact.last_token,
+    )
 
 
 class TrtRunner(Closing):

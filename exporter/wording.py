@@ -208,6 +208,13 @@ def head_parts(spec: HeadSpec) -> dict[str, int]:
     return {name: count for name, count in parts.items() if count}
 
 
+def continued(parity: ParityReport) -> str:
+    """What followed token by token: greedy tokens, or draws where the graph makes those."""
+    if parity.boundary_draws is None:
+        return f"{parity.greedy_equal}/{parity.greedy_tokens} greedy tokens"
+    return f"{parity.boundary_draws} draws decided by rounding at a boundary of the distribution"
+
+
 def allowed_error(parity: ParityReport) -> float | None:
     """The limit on the absolute logit error, None where the check had none."""
     if "max_abs" in parity.limits:

@@ -15,6 +15,7 @@ from export_vq import feeds
 from export_vq.bench import Workload
 from export_vq.graph import head_graph
 from export_vq.head import VQHead
+from export_vq.head_output import HeadOutput
 from export_vq.runners import OrtRunner, native_library
 
 STOCK = "vq, stock ops"
@@ -23,7 +24,13 @@ STOCK = "vq, stock ops"
 
 @contextmanager
 def head_workloads(
-    head: VQHead, folder: Path, *, batches: Sequence[int] = (1, 8), opset: int = 20, threads: int = 0
+    head: VQHead,
+    folder: Path,
+    *,
+    batches: Sequence[int] = (1, 8),
+    opset: int = 20,
+    threads: int = 0,
+    output: HeadOutput | None = None,
 ) -> Iterator[list[Workload]]:
     """The head alone, one workload a batch size; the sessions live as long as the context.
 
@@ -32,24 +39,30 @@ def head_workloads(
         folder: an existing folder for the graphs.
         batches: rows of hidden states.
         opset, threads: of the graphs and of ONNX Runtime (0: its own choice).
+        output: what the heads give; None: logits.
 
     Raises:
         CheckFailed: the native kernel is registered and did not run.
     """
+    output = output or HeadOutput()
     files = {}
     for kind in ("vq", "dense"):
         files[kind] = folder / f"head-{kind}.onnx"
-        ir.save(head_graph(head, kind, opset=opset), files[kind], external_data=f"head-{kind}.data")
-    signatures = dict.fromkeys(files, feeds.Signature((), False))
+        ir.save(head_graph(head, kind, opset=opset, output=output), files[kind], external_data=f"head-{kind}.data")
+    signature = feeds.Signature((), False, output=output.word, top_k=output.top_k)
+    signatures = dict.fromkeys(files, signature)
     with runners(files, signatures, threads, native=native_library() is not None) as named:
-        yield [Workload("head", b, bound(named, dict.fromkeys(named, head_inputs(head, b)))) for b in batches]
+        yield [
+            Workload("head", b, bound(named, dict.fromkeys(named, head_inputs(head, b, signature)))) for b in batches
+        ]
 
 
-def head_inputs(head: VQHead, batch: int) -> feeds.Feeds:
-    """Random hidden states [batch, 1, D] in the head's type."""
+def head_inputs(head: VQHead, batch: int, signature: feeds.Signature) -> feeds.Feeds:
+    """Random hidden states [batch, 1, D] in the head's type, and what a draw takes."""
     number = np.float16 if head.codebook.dtype == torch.float16 else np.float32
-    hidden = np.random.default_rng(0).standard_normal((batch, 1, head.spec.hidden_size))
-    return {"hidden_states": hidden.astype(number)}
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((batch, 1, head.spec.hidden_size))
+    return {"hidden_states": hidden.astype(number)} | feeds.draws(signature, hidden[:, :, 0], random)
 
 
 def step_workload(named: dict[str, OrtRunner], ids: np.ndarray[Any, np.dtype[np.int64]]) -> Workload:

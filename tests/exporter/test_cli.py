@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-line errors, skipped steps, nothing left behind."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from checkpoints import DAMAGES, save_dense, save_tiny, tiny_model
 
-from export_vq import cli
+from export_vq import cli, pipeline
+from export_vq.bench import run_benchmark
 from export_vq.compress import KINDS, CompressOptions
 from export_vq.compress.assign import METHODS
 from export_vq.load import load_model, save_model
@@ -108,6 +110,29 @@ def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch)
     assert steps
     assert all("unchanged, skipped" in step for step in steps)
     assert (out / "report.html").read_text() == page
+
+
+@pytest.mark.parametrize(("output", "rest"), [("topk", ("--top-k", "5", "--last-token")), ("sample", ())])
+def test_main_job_and_check_of_a_graph_that_chooses(output, rest, world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "run_benchmark", functools.partial(run_benchmark, seconds=0.01, min_rounds=2))
+    out = tmp_path / "out"
+    few = ("--positions", "256")
+    code, stdout, stderr = run(capsys, monkeypatch, world / "model.pt", "-o", out, "--output", output, *rest, *few)
+    assert code == 0, stderr
+    report = RunReport.load(out / "report.json")
+    assert {artifact.output for artifact in report.artifacts} == {output}
+    assert {artifact.top_k for artifact in report.artifacts} == {5 if output == "topk" else 0}
+    assert {check.output for check in report.parity} == {output}
+    assert {t.subject for t in report.bench.timings} == {"head", "decode step"}
+    draws_left_out = any(line.startswith("continuation: this graph draws") for line in report.not_done)
+    assert (bool(report.continuation), draws_left_out) == ((True, False) if output == "topk" else (False, True))
+    assert f"largest {'value' if output == 'topk' else 'log-probability'} error" in stdout
+    assert "draws" in (out / "report.html").read_text() or output == "topk"
+
+    code, stdout, stderr = run(capsys, monkeypatch, "check", world / "model.pt", out, *few)
+    assert code == 0, stderr
+    said = "32/32 greedy tokens" if output == "topk" else "draws decided by rounding"
+    assert [said in line and line.startswith("PASS") for line in stdout.splitlines()] == [True, True]
 
 
 def test_changed_input_is_not_skipped(capsys, monkeypatch, tmp_path):

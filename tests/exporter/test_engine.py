@@ -20,7 +20,7 @@ import torch
 from checkpoints import save_tiny, tiny_head, tiny_model
 from tensorrt_fixture import install_tensorrt
 
-from export_vq import cli, contract, proof
+from export_vq import cli, contract, proof, trt_runner
 from export_vq.build_progress import Phases
 from export_vq.engine import EngineOptions, build_engine
 from export_vq.errors import CheckFailed, UserError
@@ -28,6 +28,7 @@ from export_vq.files import sha256
 from export_vq.forms import convert
 from export_vq.graph import METADATA_KEY, ExportOptions, export_onnx, head_graph
 from export_vq.head import VQHead
+from export_vq.head_output import HeadOutput
 from export_vq.plan import check_fit, load_engine
 from export_vq.plugins.library import require_library
 from export_vq.records import EngineArtifact, PluginLayer
@@ -122,6 +123,21 @@ def test_a_decoder_without_plugin(decoders, kind, dtype, tmp_path):
     assert artifact.source_sha256 == {source.name: sha256(source)}
     node_types = {(n.domain, n.op_type) for n in onnx.load(folder / f"{kind}.onnx").graph.node}
     assert (contract.DOMAIN, contract.GATHER_SCATTER) not in node_types
+
+
+@pytest.mark.parametrize("kind", ["vq-plain", "dense"])
+@pytest.mark.parametrize(("word", "names"), [("topk", ["values", "ids", "logsumexp"]), ("sample", ["ids", "logprob"])])
+def test_a_head_that_chooses_without_plugin(trt, word, names, kind, tmp_path):  # noqa: ARG001
+    """More tokens than TensorRT's TopK sorts, and no bias among the inputs."""
+    head = tiny_head("single", 32, 5000, bias=False).half()
+    output = HeadOutput(word, 5 if word == "topk" else 0, last_token=word == "topk")
+    ir.save(head_graph(head, "dense" if kind == "dense" else "vq", output=output), tmp_path / "head.onnx")
+    artifact = build_engine(tmp_path / "head.onnx", kind, tmp_path)
+    scores = ["code_logits"] if (word, kind) == ("topk", "vq-plain") else []
+    assert list(artifact.output_names) == names + scores
+    assert (artifact.output, artifact.top_k, artifact.last_token) == (word, output.top_k, False)
+    assert (artifact.dtype, artifact.plugin_layers) == ("fp16", ())
+    assert trt_runner.signature_of_engine(artifact).output == word
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -296,7 +312,7 @@ def test_a_function_in_place_of_the_plugin_is_found_out(trt, heads, library):
     assert parser.parse_from_file(str(heads["vq"]))
     found = proof.network_layers(trt, network)
     assert found.plugins == ()
-    with pytest.raises(CheckFailed, match=r"1 com.vqlogits plugin layer.* were meant, the network has"):
+    with pytest.raises(CheckFailed, match=r"1 com.vqlogits layer.* were meant, the network has"):
         proof.check_layers(found, "vq-plugin", "fp16", ["lm_head"])
 
 
@@ -310,6 +326,7 @@ def test_an_engine_in_another_type_than_the_export_s_fails(decoders, tmp_path):
     assert _left_in(tmp_path / "engines") == []
 
 
+CHOOSING = PluginLayer("lm_head", "VQTopK", "1", "com.vqlogits", ("half", "int32"), ("float", "int64", "float"))
 OURS = PluginLayer("lm_head", "VQGatherScatter", "1", "com.vqlogits", ("half", "int32"), ("half",))
 
 
@@ -323,6 +340,12 @@ OURS = PluginLayer("lm_head", "VQGatherScatter", "1", "com.vqlogits", ("half", "
         ((replace(OURS, namespace="other"),), "vq-plugin", "fp16", "other::VQGatherScatter"),
         ((OURS,), "vq-plugin", "fp32", "meant to compute in fp32"),
         ((replace(OURS, output_dtypes=("float",)),), "vq-plugin", "fp16", "half int32 -> float"),
+        (
+            (replace(CHOOSING, input_dtypes=("float", "int32")),),
+            "vq-plugin",
+            "fp16",
+            "float int32 -> float int64 float",
+        ),
         ((OURS,), "dense", "fp16", "no plugin was meant"),
         ((OURS,), "vq-plain", "fp16", "no plugin was meant"),
     ],
@@ -336,6 +359,13 @@ def test_a_plugin_that_tells_no_name_is_known_by_its_node():
     """The bindings of TensorRT up to 10.6."""
     unnamed = replace(OURS, plugin="", version="", namespace="")
     proof.check_layers(proof.Layers("network", {"plugin_v3": 1}, (unnamed,)), "vq-plugin", "fp16", ["lm_head"])
+
+
+@pytest.mark.parametrize("name", ["VQTopK", "VQSample", ""])
+def test_a_plugin_that_chooses_gives_other_types_than_it_takes(name):
+    proof.check_layers(
+        proof.Layers("network", {"plugin_v3": 1}, (replace(CHOOSING, plugin=name),)), "vq-plugin", "fp16", ["lm_head"]
+    )
 
 
 def test_the_inspector_s_layers_are_read_however_it_writes_them():
@@ -368,7 +398,7 @@ def test_the_inspector_s_layers_are_read_however_it_writes_them():
     [
         ("vq", "int8", {}, ("kind of engine is 'int8'", "vq-plugin, vq-plain, dense")),
         ("vq", "dense", {}, ("VQGatherScatter node", "give dense.onnx")),
-        ("dense", "vq-plain", {}, ("no com.vqlogits::VQGatherScatter node", "give the portable model.onnx")),
+        ("dense", "vq-plain", {}, ("no com.vqlogits node", "give the portable model.onnx")),
         ("dense", "dense", {"embed_plugin": True}, ("no plugin to embed", "leave")),
         ("dense", "dense", {"max_shapes": "input_ids:1x1"}, ("'input_ids'", "hidden_states")),
         ("dense", "dense", {"flavour": "tensorrt"}, ("TensorRT 11.4", "NVIDIA GPU", "TensorRT for RTX")),

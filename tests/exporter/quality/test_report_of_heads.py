@@ -17,7 +17,7 @@ from export_vq.compress.statistics import OutputLayer, replace_output
 from export_vq.errors import UserError
 from export_vq.head import VQHead, oracle_logits
 from export_vq.load import LoadedModel
-from export_vq.parity import top_ids
+from export_vq.logit_errors import top_ids
 from export_vq.quality import RIVALS, continuations, judge, quality_report
 from export_vq.quality.floor import mapping_floor
 from export_vq.quality.judge import HeldOut, Rival, measure_heads
