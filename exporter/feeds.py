@@ -20,6 +20,16 @@ class Signature:
     cache_shapes: tuple[tuple[int, int], ...]
     has_position_ids: bool
     cache_dtype: type[np.floating[Any]] = np.float32
+    has_uniform: bool = False
+    """The graph draws the token itself (`VQSample`): it takes `temperature` and `uniform` too."""
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """The constants of a VQ head, as a graph carries them: codes int32 [V, M]; bias float32 [V] or None."""
+
+    codes: NDArray[np.int32]
+    bias: NDArray[np.float32] | None
 
 
 class Runner(Protocol):
