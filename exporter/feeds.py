@@ -15,18 +15,23 @@ Feeds = dict[str, Array]
 
 @dataclass(frozen=True)
 class Signature:
-    """What a decoder graph takes: `cache_shapes` is (KV heads, head_dim) per layer, `cache_dtype` the type of the cache arrays."""
+    """What a decoder graph takes and gives.
+
+    `cache_shapes` is (KV heads, head_dim) per layer, `cache_dtype` the type of the cache arrays. `output` is 'logits',
+    'topk' (the best `top_k` tokens) or 'sample', with `last_token` of the last position only.
+    """
 
     cache_shapes: tuple[tuple[int, int], ...]
     has_position_ids: bool
     cache_dtype: type[np.floating[Any]] = np.float32
-    has_uniform: bool = False
-    """The graph draws the token itself (`VQSample`): it takes `temperature` and `uniform` too."""
+    output: str = "logits"
+    top_k: int = 0
+    last_token: bool = False
 
 
 @dataclass(frozen=True)
 class HeadTables:
-    """The constants of a VQ head, as a graph carries them: codes int32 [V, M]; bias float32 [V] or None."""
+    """The constants of a VQ head that turn code logits into logits: `codes` int32 [V, M], `bias` float32 [V] or None."""
 
     codes: NDArray[np.int32]
     bias: NDArray[np.float32] | None

@@ -1,7 +1,7 @@
 """The token loop over any runner: batches, decoding options, streams of events.
 
 What a graph must give: `logits`; or `values, ids, logsumexp, code_logits` with the runner's `head`, which chooses the
-same tokens and never builds V logits; or, where it takes `temperature` and `uniform`, `ids, logprob` for plain sampling.
+same tokens and never builds V logits; or `ids, logprob`, drawn in the graph from `temperature` and `uniform`, for plain sampling.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def stream(
     if head is not None:
         for request in requests:
             request.check_tokens(len(head.codes))
-    if runner.signature.has_uniform:
+    if runner.signature.output == "sample":
         _check_plain(runner, each)
         return _drawn_inside(runner, requests)
     return _drawn_here(runner, requests, head)
@@ -127,6 +127,8 @@ def _drawn_inside(runner: fd.Runner, requests: list[_Request]) -> Iterator[Token
     while requests:
         # Rounding to the nearest float32 could give 1, which is outside [0, 1).
         uniform = np.floor([[request.uniform() * 2**24] for request in requests]) / 2**24
+        # A graph that draws at every position gets the same number for all; only the last draw counts.
+        uniform = np.repeat(uniform, 1 if runner.signature.last_token else batch.width, axis=1)
         outputs = batch.infer({"temperature": temperature, "uniform": uniform.astype(np.float32)})
         events = [
             request.take(
@@ -194,6 +196,11 @@ class _Batch:
         ids, self._mask = fd.left_pad(prompts)
         self._feeds = fd.prefill(runner.signature, ids, self._mask)
 
+    @property
+    def width(self) -> int:
+        """Positions of the next call."""
+        return int(self._feeds["input_ids"].shape[1])
+
     def infer(self, more: fd.Feeds) -> fd.Feeds:
         self._outputs = self._runner.infer(self._feeds | more)
         return self._outputs
@@ -229,7 +236,7 @@ def _logprobs(scores: Scores, token: int, n: int | None) -> tuple[float | None, 
 
 
 def _refuse_sampler(runner: fd.Runner, what: str) -> None:
-    if runner.signature.has_uniform:
+    if runner.signature.output == "sample":
         raise UserError(
             f"{runner.name}: the graph draws its tokens itself, which is plain sampling at one temperature above 0; for "
             f"{what} export with --output topk or --output logits"

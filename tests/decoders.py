@@ -38,9 +38,11 @@ def head_outputs(code_logits: Tensor, codes: Tensor, bias: Tensor | None, kind: 
 class TableRunner:
     """A language model without a backbone: the code logits depend on the last token alone, by a table [V, M*K]."""
 
-    def __init__(self, table: Tensor, codes: Tensor, bias: Tensor | None, kind: str, k: int = 1) -> None:
+    def __init__(
+        self, table: Tensor, codes: Tensor, bias: Tensor | None, kind: str, k: int = 1, last_token: bool = True
+    ) -> None:
         self.name = f"table as {kind}"
-        self.signature = Signature((), False, has_uniform=kind == "sample")
+        self.signature = Signature((), False, output=kind, last_token=last_token)
         self.head = head_tables(codes, bias)
         self.calls: list[Feeds] = []
         self._table, self._codes, self._bias, self._kind, self._k = table, codes, bias, kind, k
@@ -51,6 +53,9 @@ class TableRunner:
         if self._kind != "sample":
             return head_outputs(code_logits, self._codes, self._bias, self._kind, self._k)
         uniform, temperature = torch.from_numpy(feeds["uniform"]), float(feeds["temperature"][0])
+        if not self.signature.last_token:
+            code_logits = self._table[torch.from_numpy(feeds["input_ids"])]
+        assert uniform.shape == code_logits.shape[:-1]
         ids, logprob = codespace.sample(code_logits, self._codes, self._bias, uniform, temperature)
         return {"ids": ids.numpy(), "logprob": logprob.numpy()}
 
