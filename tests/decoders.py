@@ -19,7 +19,7 @@ from export_vq.runners import TorchRunner
 
 
 def head_tables(codes: Tensor, bias: Tensor | None) -> HeadTables:
-    return HeadTables(codes.to(torch.int32).numpy(), None if bias is None else bias.float().numpy())
+    return HeadTables(codes.to(torch.int32).numpy(), None if bias is None else bias.detach().float().numpy())
 
 
 def head_outputs(code_logits: Tensor, codes: Tensor, bias: Tensor | None, kind: str, k: int = 1) -> Feeds:
