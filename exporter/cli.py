@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from export_vq.cli_generate import generate
 from export_vq.cli_native import build, plugins, print_engine
 from export_vq.errors import CheckFailed, UserError
 from export_vq.terminal import Steps, console, mib, plain, print_table, yes
@@ -450,6 +451,7 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(build)
+cli.add_command(generate)
 cli.add_command(plugins)
 
 if __name__ == "__main__":

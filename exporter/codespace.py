@@ -89,6 +89,28 @@ def sample(
     return ids.reshape(lead), logprob.reshape(lead)
 
 
+def logsumexp(code_logits: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    """The normaliser of the softmax over all V alone.
+
+    Args:
+        code_logits: [.., M*K].
+        codes: integer [V, M].
+        bias: [V] or None.
+
+    Returns:
+        [..] in the type that sums accumulate in.
+    """
+    rows = _rows(code_logits)
+    if codes.shape[1] == 1:
+        b = rows.new_zeros(codes.shape[0]) if bias is None else bias.to(rows.dtype)
+        lse = (rows + code_mass(codes[:, 0].long(), b, rows.shape[1])).logsumexp(-1)
+    else:
+        lse = rows.new_full((len(rows),), -torch.inf)
+        for _, logits in _blocks(rows, codes, bias):
+            lse = torch.logaddexp(lse, logits.logsumexp(-1))
+    return lse.reshape(code_logits.shape[:-1])
+
+
 def code_mass(code: Tensor, bias: Tensor, num_codes: int) -> Tensor:
     """logsumexp of the bias over the tokens of each code, [K], differentiable; -inf where no token has the code.
 

@@ -78,9 +78,7 @@ def measure(loaded: LoadedModel, threads: int, prompt: int, seconds: float, fold
                 assert loaded.head is not None
                 file = folder / f"{output}-{kind}.onnx"
                 ir.save(head_graph(loaded.head, kind, output=wanted), file, external_data=f"{output}-{kind}.data")
-                alone = stack.enter_context(
-                    OrtRunner(file, feeds.Signature((), False), threads=threads, native=native)
-                )
+                alone = stack.enter_context(OrtRunner(file, feeds.Signature((), False), threads=threads, native=native))
                 heads[name] = alone.bound(head_inputs(loaded.head, 1))
                 if native:
                     runner.demand_native()

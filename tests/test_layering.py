@@ -20,7 +20,11 @@ MAY_IMPORT = {
     "codespace": {"head"},
     "text": {"errors"},
     "feeds": set(),
-    "generate": {"feeds"},
+    "decoding": {"errors"},
+    "detokenize": set(),
+    "scores": {"codespace", "feeds", "head"},
+    "sampling": {"decoding", "errors", "scores"},
+    "generate": {"decoding", "detokenize", "errors", "feeds", "sampling", "scores"},
     "validate": {"contract", "errors", "head", "records"},
     "checkpoint": {"contract", "errors", "files", "validate"},
     "load": {"checkpoint", "contract", "embedding", "errors", "files", "head", "records", "validate"},
@@ -86,13 +90,15 @@ MAY_IMPORT = {
         "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
+    "textmodel": {"checkpoint", "decoding", "errors", "feeds", "generate", "records", "runners", "validate"},
     "terminal": set(),
+    "cli_generate": {"decoding", "textmodel"},
     "cli_native": {
         "bundle", "engine", "engines", "files", "graph", "load", "plugins.build", "plugins.library", "profiles",
         "records", "steps", "terminal", "wording",
     },
     "cli": {
-        "bundle", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load",
+        "bundle", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load",
         "pipeline", "report", "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
@@ -106,7 +112,7 @@ STANDARD_LIBRARY_ONLY = (
     "contract", "errors", "files", "require", "records", "bundle", "doctor",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
 )  # fmt: skip
-LIGHT = {"cli": {"click"}, "cli_native": {"click"}, "terminal": {"rich"}}
+LIGHT = {"cli": {"click"}, "cli_generate": {"click"}, "cli_native": {"click"}, "terminal": {"rich"}}
 """Modules that must load in an environment without torch, onnx and the runtimes."""
 
 

@@ -1,0 +1,88 @@
+"""An output folder as the main job writes it, opened for writing text: graph, tokenizer, ends of text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from export_vq.checkpoint import read_json
+from export_vq.decoding import DecodingOptions
+from export_vq.errors import UserError
+from export_vq.feeds import Closing
+from export_vq.generate import TokenEvent, stream
+from export_vq.records import OnnxArtifact
+from export_vq.runners import OrtRunner, signature_of
+from export_vq.validate import check_tokenizer
+
+
+class TextModel(Closing):
+    """Text in, text out. The tokenizer is read from tokenizer.json alone: nothing is fetched, and no code of it runs."""
+
+    def __init__(self, folder: Path, threads: int = 0) -> None:
+        """Args: holds model.onnx with its record, config.json, tokenizer.json; intra-op threads (0: the runtime's choice).
+
+        Raises:
+            UserError: a file is missing or damaged, or this machine cannot run the graph.
+        """
+        from tokenizers import Tokenizer
+
+        for name in ("model.onnx", "model.onnx.json", "config.json", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder}: holds no {name}, expected a folder with model.onnx, config.json and tokenizer.json; "
+                    f"make one with: export-vq MODEL -o {folder}"
+                )
+        artifact = OnnxArtifact.load(folder / "model.onnx.json")
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
+        config = read_json(folder / "config.json")
+        self.eos_ids = _eos_ids(folder, config)
+        self._positions = config.get("max_position_embeddings") or config.get("n_positions")
+        self._vocab_size = artifact.spec.vocab_size
+        self._tokenizer = Tokenizer.from_str(text)
+        self._runner = OrtRunner(folder / artifact.path, signature_of(artifact), threads=threads)
+
+    def write(self, prompt: str, options: DecodingOptions) -> Iterator[TokenEvent]:
+        """Go on from a prompt. Text ends at the model's own ends too, and where its positions do ('length').
+
+        Raises:
+            UserError: the prompt has no tokens, tokens that the model lacks, or leaves no position to write in; an
+                option cannot be used.
+        """
+        ids: list[int] = self._tokenizer.encode(prompt).ids
+        unknown = [token for token in ids if token >= self._vocab_size]
+        if unknown:
+            name = self._tokenizer.id_to_token(unknown[0])
+            raise UserError(
+                f"the prompt holds the token {name!r} with id {unknown[0]}, expected ids below {self._vocab_size}; "
+                "remove it from the prompt"
+            )
+        room = options.max_new_tokens if self._positions is None else self._positions - len(ids)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, expected fewer than the model's {self._positions} positions; shorten it"
+            )
+        options = dataclasses.replace(
+            options,
+            eos_ids=options.eos_ids | self.eos_ids,
+            max_new_tokens=min(options.max_new_tokens, room),
+        )
+        return stream(self._runner, [ids], options, self.decode)
+
+    def decode(self, ids: Any) -> str:
+        """Token ids -> text, without special tokens."""
+        return str(self._tokenizer.decode(list(ids)))
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+def _eos_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
+    """The tokens that end a text: generation_config.json's where it names any, else config.json's."""
+    file = folder / "generation_config.json"
+    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    if found is None:
+        found = config.get("eos_token_id")
+    return frozenset([] if found is None else found if isinstance(found, list) else [found])

@@ -1,0 +1,108 @@
+"""`export-vq generate` on a folder as the main job writes it."""
+
+import json
+import sys
+
+import pytest
+import torch
+from checkpoints import tiny_model
+
+from export_vq import cli
+from export_vq.bundle import Bundle
+from export_vq.graph import ExportOptions
+from export_vq.steps import export_step
+from export_vq.terminal import Steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    export_step(lambda: tiny_model("llama", "product"), "hash", Bundle(out), ExportOptions(), Steps())
+    return out
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, folder):
+    """(exit code, stdout, stderr) of `export-vq generate FOLDER ARGS`."""
+
+    def run(*args, folder=folder):
+        monkeypatch.setattr(sys, "argv", ["export-vq", "generate", str(folder), *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_greedy_text_is_what_transformers_writes(run):
+    loaded = tiny_model("llama", "product")
+    tokenizer = loaded.tokenizer()
+    ids = tokenizer("the hat", return_tensors="pt")["input_ids"]
+    made = loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, eos_token_id=1
+    )
+    code, stdout, stderr = run("--prompt", "the hat", "--max-new-tokens", 10)
+    assert (code, stderr) == (0, "")
+    assert stdout == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_json_holds_text_tokens_and_logprobs_and_a_seed_repeats_it(run):
+    args = ("--prompt", "the hat", "--max-new-tokens", 12, "--seed", 4, "--logprobs", 2, "--json")
+    args += ("--logit-bias", "1=-inf", "--top-p", 0.9, "--repetition-penalty", 1.2)
+    code, stdout, _ = run(*args)
+    assert code == 0
+    result = json.loads(stdout)
+    assert len(result["tokens"]) == 12
+    assert result["finish_reason"] == result["tokens"][-1]["finish_reason"] == "length"
+    assert result["text"] == "".join(token["text"] for token in result["tokens"])
+    for token in result["tokens"]:
+        assert token["token_id"] != 1
+        (best, high), (_, low) = token["top_logprobs"]
+        assert 0 > high >= low
+        assert token["logprob"] <= high
+        assert token["logprob"] == high or token["token_id"] != best
+    assert run(*args)[1] == stdout
+    greedy = json.loads(run("--prompt", "the hat", "--max-new-tokens", 12, "--json")[1])
+    assert greedy["text"] != result["text"]
+
+
+def test_text_ends_before_a_stop_string_and_where_the_positions_end(run):
+    whole = run("--prompt", "the hat", "--logit-bias", "1=-inf", "--max-new-tokens", 1000, "--json")[1]
+    whole = json.loads(whole)
+    prompt = len(tiny_model("llama", "product").tokenizer()("the hat")["input_ids"])
+    assert len(whole["tokens"]) == 64 - prompt
+    assert whole["finish_reason"] == "length"
+    stop = whole["text"][4:7]
+    text = run("--prompt", "the hat", "--logit-bias", "1=-inf", "--stop", stop)[1]
+    assert text == whole["text"][: whole["text"].index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--temperature", -1), "temperature is -1.0, expected 0 (greedy)"),
+        (("--top-p", 0), "top_p is 0.0"),
+        (("--logit-bias", "97=1"), "logit_bias holds token id 97, expected 0 to 96"),
+        (("--logit-bias", "x"), "'x' is not a token id"),
+        (("--prompt", "a" * 64), "has 64 tokens, expected fewer than the model's 64 positions"),
+        (("--prompt", ""), "prompt 0 is empty"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_exit_code_2(run, args, words):
+    code, stdout, stderr = run(*(() if "--prompt" in args else ("--prompt", "the")), *args)
+    assert (code, stdout) == (2, "")
+    assert words in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("missing", ["model.onnx", "config.json", "tokenizer.json"])
+def test_a_folder_without_its_files_is_refused_by_name(run, folder, tmp_path, missing):
+    for file in folder.iterdir():
+        if file.is_file() and file.name != missing:
+            (tmp_path / file.name).symlink_to(file)
+    code, _, stderr = run("--prompt", "the", folder=tmp_path)
+    assert code == 2
+    assert f"holds no {missing}" in " ".join(stderr.split())
