@@ -80,7 +80,7 @@ inline StreamPlan PlanStream(const GatherScatterShape& shape, Type type, int32_t
     while (blocks() < gpu.multiprocessors && p.threads > plan::kFewestThreads && p.threads > 32 * p.split) {
         p.threads /= 2;
     }
-    const int64_t filling = plan::CeilDiv(gpu.multiprocessors, shape.rows);
+    const int64_t filling = plan::CeilDiv(std::min<int64_t>(gpu.multiprocessors, plan::kMaxParts), shape.rows);
     CompleteStreamPlan(p, shape, type, code_bits, filling, gpu.shared_per_block);
     return p;
 }

@@ -278,8 +278,11 @@ void NotANumber() {
 
 // What a GPU would refuse or what would leave out a token, over sizes that no emulation could run.
 void PlansAreSound() {
-    const GpuLimits gpus[] = {
-        {132, 228 << 10, 227 << 10}, {108, 164 << 10, 163 << 10}, {8, 64 << 10, 48 << 10}, kTinyGpu};
+    const GpuLimits gpus[] = {{132, 228 << 10, 227 << 10},
+                              {108, 164 << 10, 163 << 10},
+                              {8, 64 << 10, 48 << 10},
+                              {999, 228 << 10, 227 << 10},
+                              kTinyGpu};
     for (const auto& gpu : gpus) {
         for (const Type type : kTypes) {
             for (const int64_t rows : {1, 2, 64, 4096}) {
