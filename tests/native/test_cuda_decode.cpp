@@ -147,7 +147,7 @@ void EveryKernel() {
         for (const int64_t num_codes : {23, 300}) {
             for (const int32_t split : {1, 2, 4}) {
                 for (const int64_t chunk : {0, 2, 5}) {
-                    const GatherScatterShape shape{2, 5, num_codes, 1229};
+                    const GatherScatterShape shape{4, 5, num_codes, 1229};
                     const Case c(shape, type, static_cast<Bias>(seed % 4), seed % 2 == 0, seed);
                     StreamPlan plan{};
                     plan.threads = 32 * split;
@@ -202,14 +202,18 @@ void RoundingTies() {
     std::memcpy(same.code_logits.data(), same.scores.data(), same.code_logits.size());
     std::memcpy(same.bias.data(), same.biases.data(), same.bias.size());
     const vq::Buckets buckets = BucketsOf(same);
-    Guarded<float> values(2 * 40), logsumexp(2);
-    Guarded<int64_t> ids(2 * 40);
-    const vq::TopKBucketArgs args{same.code_logits.data(), same.words.data(), 7,          40,
-                                  Pointers(buckets),       values.data(),     ids.data(), logsumexp.data()};
-    LaunchOnHost(vq::TopKKernelsOf(Type::kFloat32, 8).buckets, 2, 1, kThreads, vq::plan::kScratchBytes, args);
-    const auto found = ids.Take("rounding ties");
-    for (size_t i = 0; i < found.size(); ++i) {
-        CHECK(found[i] == static_cast<int64_t>(i % 40), << "rank " << i << " is token " << found[i]);
+    for (const int k : {3, 40}) {  // fewer than there are codes, and more
+        const auto best = static_cast<size_t>(k);
+        Guarded<float> values(2 * best), logsumexp(2);
+        Guarded<int64_t> ids(2 * best);
+        const vq::TopKBucketArgs args{same.code_logits.data(), same.words.data(), 7,          k,
+                                      Pointers(buckets),       values.data(),     ids.data(), logsumexp.data()};
+        LaunchOnHost(vq::TopKKernelsOf(Type::kFloat32, 8).buckets, 2, 1, kThreads, vq::plan::kScratchBytes, args);
+        const auto found = ids.Take("rounding ties");
+        for (size_t i = 0; i < found.size(); ++i) {
+            CHECK(found[i] == static_cast<int64_t>(i % best),
+                  << "rank " << i << " of " << k << " is token " << found[i]);
+        }
     }
 }
 
