@@ -73,9 +73,10 @@ def select(
     if kind == "vq":
         results = [*op_node(op, inputs, head, output, drawn_with)]
     else:
-        function = dense_selection(OPS[output.word], graph.opset_imports[""])
+        order = [_order(graph, head)] if output.word == "sample" and head.spec.num_codebooks == 1 else []
+        function = dense_selection(OPS[output.word], graph.opset_imports[""], ordered=bool(order))
         model.functions[function.identifier()] = function
-        results = [*_node(op, function.name, [*inputs, *drawn_with], output, {})]
+        results = [*_node(op, function.name, [*inputs, *drawn_with, *order], output, {})]
     for value, name in zip(results, TENSORS[OPS[output.word]][1], strict=True):
         value.name = name
         value.dtype = ir.DataType.INT64 if name == "ids" else ir.DataType.FLOAT
@@ -89,6 +90,14 @@ def select(
     graph.remove(placeholder)
     if kind == "dense":
         InlinePass()(model)
+
+
+def _order(graph: ir.Graph, head: VQHead) -> ir.Value:
+    """The order by (code, token id), int64 [V], as a constant."""
+    order = head.codes[:, 0].argsort(stable=True).numpy()
+    value = ir.val("lm_head.order", const_value=ir.tensor(order, name="lm_head.order"))
+    graph.register_initializer(value)
+    return value
 
 
 def _size(dim: int | ir.SymbolicDim) -> int | str | None:

@@ -105,26 +105,31 @@ above, it is the last place that has any weight, and 0 where NaN leaves none.
 """
 
 
-def dense_selection(op: str, opset: int) -> ir.Function:
+def dense_selection(op: str, opset: int, *, ordered: bool = False) -> ir.Function:
     """What `op` gives, out of logits T [.., V] instead of code logits: the end of the dense twin.
 
     Args:
         op: a key of DENSE_OPS.
         opset: of the default domain.
+        ordered: draw in the order of the last input, int64 [V], instead of that of token ids. The twin of one codebook has
+            to, so that the same `uniform` gives the same token; laying V logits anew is next to nothing beside their MatMul.
     """
-    inputs = ("logits", *(name for name in TENSORS[op][0] if name in ("temperature", "uniform")))
+    drawn_with = tuple(name for name in TENSORS[op][0] if name in ("temperature", "uniform"))
+    inputs = ("logits", *drawn_with, *(("order",) if ordered else ()))
     outputs = TENSORS[op][1]
     if op == contract.TOP_K:
         attributes, lines = f"<{contract.NUM_BEST}>", K + TOP_K + top_k_outputs("best", "which", "norm")
     else:
-        attributes, lines = "", COLUMN + "u = Identity (draws)\n" + SAMPLE + sample_outputs("place", "chance")
+        token = "token = Gather <axis = 0> (order, place)" if ordered else "token = Identity (place)"
+        attributes, lines = "", f"{COLUMN} u = Identity (draws)\n{SAMPLE} {token}\n{sample_outputs('token', 'chance')}"
     text = f"""
     <opset_import: ["" : {opset}], domain: "{contract.DOMAIN}">
     {DENSE_OPS[op]} {attributes} ({", ".join(inputs)}) => ({", ".join(outputs)})
     {{
       {CONSTANTS}
       wide = Cast <to = 1> (logits)
-      y = Flatten <axis = -1> (wide)
+      rows = Flatten <axis = -1> (wide)
+      y = {"Gather <axis = 1> (rows, order)" if ordered else "Identity (rows)"}
       lead = Shape <start = 0, end = -1> (logits)
       {lines}
     }}

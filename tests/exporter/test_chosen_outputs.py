@@ -18,6 +18,7 @@ from export_vq.files import sha256
 from export_vq.graph import ExportOptions, export_onnx, head_graph
 from export_vq.head_output import HeadOutput
 from export_vq.inspection import inspect_path
+from export_vq.load import load_model
 from export_vq.parity import CaseInput, check_parity
 from export_vq.records import OnnxArtifact
 from export_vq.runners import OrtRunner, TorchRunner, signature_of
@@ -270,7 +271,7 @@ class Quiet:
 def test_a_graph_made_with_other_options_is_not_kept(tmp_path):
     save_tiny(tmp_path / "model.pt")
     source, bundle = sha256(tmp_path / "model.pt"), Bundle(tmp_path / "out")
-    loaded = tiny_model()
+    loaded = load_model(tmp_path / "model.pt")
     made = []
 
     def load():
