@@ -12,7 +12,7 @@ namespace vq::cpu {
 namespace {
 
 constexpr int64_t kTable = 256;                   // entries of a plane's table
-constexpr int64_t kAhead = 4096;                  // bytes of ids asked for ahead of time
+constexpr int64_t kAhead = 16384;                 // bytes of ids asked for ahead of time
 constexpr int64_t kGroups = kBlock / kGroup;      // vectors of ids a block
 constexpr int64_t kSums = 2 * kGroups;            // vectors of 16-bit sums a plane: even and odd tokens of each group
 constexpr float kLargest = 16777215.0f - 255.0f;  // of three planes; a little less than 2^24 leaves room for rounding

@@ -17,6 +17,7 @@ constexpr double kTolerance = 1.0 / 4096.0;
 // A token with this share is summed in full: of a few of them, the byte that refining leaves out would still show.
 constexpr double kMost = 1.0 / 256.0;
 constexpr int64_t kPartsOfASum = 4;
+constexpr size_t kTokensAhead = 2;
 
 }  // namespace
 
@@ -35,13 +36,13 @@ FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num
       parallel_(parallel),
       threads_(threads),
       groups_(codes.blocks * (kBlock / kGroup)),
-      planes_(new uint8_t[static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * 256)]),
+      planes_(static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * 256)),
       sums_(new float[static_cast<size_t>(codes.blocks * kBlock)]),
       peaks_(static_cast<size_t>(groups_)),
       masses_(static_cast<size_t>(groups_)),
       tops_(static_cast<size_t>(groups_)),
       refined_(static_cast<size_t>(groups_)) {
-    fixed_.planes = planes_.get();
+    fixed_.planes = planes_.data();
 }
 
 bool FastScan::Row(const float* scores, float* values, int64_t* ids, float* logsumexp) {
@@ -129,6 +130,9 @@ void FastScan::Refine(const std::vector<int64_t>& groups) {
     if (tiles == 0) return;
     ForParts(tiles, PartsFor(tiles, lookups, threads_), parallel_, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t tile = begin; tile < end; ++tile) {
+            for (int64_t at = (tile + 1) * kRefined; at < std::min(count, (tile + 2) * kRefined); ++at) {
+                Prefetch(groups[static_cast<size_t>(at)] * kGroup);
+            }
             const uint8_t* ids[kRefined];
             float* sums[kRefined];
             float nobody[kGroup] = {};
@@ -154,16 +158,20 @@ void FastScan::PickBest(const float* scores, Candidates& best) {
     // k groups have a token of that much each, so the k-th best token has it too.
     const float sure = groups_ < k_ ? -kInfinity : KthPeak(k_);
     int32_t picks[kGroup];
+    tokens_.clear();
     for (int64_t g = 0; g < groups_; ++g) {
-        const float error = Error(g), least = std::max(sure, best.Reach());
-        if (peaks_[static_cast<size_t>(g)] + error < least) continue;
-        const int64_t found = kernels_.decode.select(Sums(g), kGroup, least - error, picks);
-        for (int64_t i = 0; i < found; ++i) {
-            const int64_t token = g * kGroup + picks[i];
-            if (token >= codes_.vocab_size) break;
-            const float value = Exact(scores, token);
-            if (value >= best.Reach()) best.Offer(value, token);
-        }
+        const float least = sure - Error(g);
+        if (peaks_[static_cast<size_t>(g)] < least) continue;
+        const int64_t found = kernels_.decode.select(Sums(g), kGroup, least, picks);
+        for (int64_t i = 0; i < found; ++i) tokens_.push_back(g * kGroup + picks[i]);
+    }
+    while (!tokens_.empty() && tokens_.back() >= codes_.vocab_size) tokens_.pop_back();
+    for (size_t i = 0; i < tokens_.size(); ++i) {
+        if (i + kTokensAhead < tokens_.size()) Prefetch(tokens_[i + kTokensAhead]);
+        const int64_t token = tokens_[i];
+        if (sums_[static_cast<size_t>(token)] + Error(token / kGroup) < best.Reach()) continue;
+        const float value = Exact(scores, token);
+        if (value >= best.Reach()) best.Offer(value, token);
     }
 }
 
@@ -184,6 +192,12 @@ float FastScan::Exact(const float* scores, int64_t token) const {
     }
     for (; m < codes_.num_codebooks; ++m) sums[0] += scores[m * num_codes_ + ids[m * kBlock]];
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// A token's ids lie a block apart each, and the scan has pushed most of them out of the nearer caches.
+void FastScan::Prefetch(int64_t token) const {
+    const uint8_t* ids = Ids(token);
+    for (int64_t m = 0; m < codes_.num_codebooks; ++m) __builtin_prefetch(ids + m * kBlock);
 }
 
 const uint8_t* FastScan::Ids(int64_t token) const {

@@ -38,6 +38,7 @@ private:
     void PickBest(const float* scores, Candidates& best);
     float KthPeak(int64_t k);
     float Exact(const float* scores, int64_t token) const;
+    void Prefetch(int64_t token) const;
     // How far the sums of a group are off at most.
     float Error(int64_t group) const { return refined_[static_cast<size_t>(group)] ? fine_error_ : error_; }
     const uint8_t* Ids(int64_t token) const;  // of the first codebook
@@ -48,8 +49,9 @@ private:
     int64_t num_codes_, k_;
     const ParallelFor& parallel_;
     int64_t threads_, groups_;
-    std::unique_ptr<uint8_t[]> planes_;
+    Bytes planes_;
     std::unique_ptr<float[]> sums_;  // [blocks * kBlock], -infinity behind the last token
+    std::vector<int64_t> tokens_;    // those that may be among the k best
     std::vector<float> peaks_, masses_, tops_,
         sorted_;                    // [groups]: largest sum, sum of exp(x - peak_), its largest term
     std::vector<uint8_t> refined_;  // [groups]

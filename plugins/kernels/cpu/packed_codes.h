@@ -2,19 +2,36 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "cpu/isa.h"
 
 namespace vq::cpu {
 
+// Memory that begins on a cache line: vectors of ids and of tables then never lie across two.
+template <typename T>
+struct OnCacheLines {
+    using value_type = T;
+    static constexpr std::align_val_t kLine{64};
+
+    OnCacheLines() = default;
+    template <typename U>
+    OnCacheLines(const OnCacheLines<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+    void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+    bool operator==(const OnCacheLines&) const { return true; }
+    bool operator!=(const OnCacheLines&) const { return false; }
+};
+using Bytes = std::vector<uint8_t, OnCacheLines<uint8_t>>;
+
 struct PackedCodes {
     int64_t vocab_size;
     int64_t num_codebooks;
     int32_t code_bits;  // 8 or 16
     int64_t blocks;
-    std::vector<uint8_t> codes;  // ids [blocks, M, kBlock] of code_bits
-    std::vector<float> bias;     // [blocks * kBlock], or empty
+    Bytes codes;              // ids [blocks, M, kBlock] of code_bits
+    std::vector<float> bias;  // [blocks * kBlock], or empty
 
     // codes int32 [V, M] and bias float32 [V] or null are copied. Ids are trusted to be 0 to 65535 (CheckCodes).
     PackedCodes(const int32_t* codes, const float* bias, int64_t vocab_size, int64_t num_codebooks);

@@ -29,7 +29,7 @@ private:
     const Kernels& kernels_;
     const float* scores_;
     int64_t width_;  // M*K
-    std::vector<uint8_t> planes_;
+    Bytes planes_;
     std::vector<FixedPoint> tables_;
     std::vector<const FixedPoint*> fixed_;  // null for a row that has none; empty where no row has
 };
