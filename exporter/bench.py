@@ -57,7 +57,7 @@ def run_benchmark(
         min_rounds, max_rounds: bounds on the rounds.
         progress: called with the fraction done.
     """
-    evict = evict or _Evictor().evict
+    evict = evict or Evictor().evict
     timings: list[Timing] = []
     for i, workload in enumerate(workloads):
         for j, cache in enumerate(("warm", "cold")):
@@ -117,8 +117,8 @@ def _timing(workload: Workload, runner: str, cache: str, samples: list[float]) -
     )
 
 
-class _Evictor:
-    """Pushes everything else out of the CPU's caches by writing to more memory than they hold."""
+class Evictor:
+    """Pushes everything else out of the CPU's caches by writing to more memory than they hold, every time it is called."""
 
     def __init__(self) -> None:
         self._buffer = np.zeros(2 * _last_level_cache_bytes() // 8, np.int64)

@@ -139,6 +139,7 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
         )
         model.graph.register_initializer(packed)
         node.replace_input_with(1, packed)
+        _drop_missing_bias(node)
         node.attributes.update(
             {
                 a.name: a
@@ -158,6 +159,16 @@ def _to_plugin(model: ir.Model, nodes: list[ir.Node]) -> Rewrite:
         model.functions.pop(node.op_identifier(), None)
     RemoveUnusedFunctionsPass()(model)
     return Rewrite(len(nodes) - len(refusals), tuple(refusals))
+
+
+def _drop_missing_bias(node: ir.Node) -> None:
+    """TensorRT's parser hands a plugin no tensor for an empty input, and refuses the layer; the plugin counts its inputs."""
+    bias = contract.SAMPLE_INPUTS.index("bias")
+    if len(node.inputs) <= bias or node.inputs[bias] is not None:
+        return
+    for i, value in enumerate(node.inputs[bias + 1 :], bias):
+        node.replace_input_with(i, value)
+    node.resize_inputs(len(node.inputs) - 1)
 
 
 def _gather_packed(graph: ir.Graph, gather: ir.Node, packed: ir.Value, bits: int) -> None:

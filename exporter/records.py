@@ -264,12 +264,12 @@ class BenchReport(Record):
     backend: str
     timings: tuple[Timing, ...]
 
-    def speedup(self, subject: str, batch: int, cache: str, over: str = "dense") -> float:
-        """Median of another runner over the median of VQ."""
+    def speedup(self, subject: str, batch: int, cache: str, over: str = "dense", of: str = "vq") -> float:
+        """Median of another runner over the median of one, VQ if not told otherwise."""
         found = {
             t.runner: t.median_ms for t in self.timings if (t.subject, t.batch, t.cache) == (subject, batch, cache)
         }
-        return found[over] / found["vq"]
+        return found[over] / found[of]
 
 
 @dataclass(frozen=True)

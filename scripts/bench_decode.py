@@ -24,7 +24,7 @@ import onnxruntime
 from export_vq import feeds
 from export_vq.bench import Workload, run_benchmark
 from export_vq.graph import ExportOptions, export_onnx, head_graph
-from export_vq.layers import HeadOutput
+from export_vq.head_output import HeadOutput
 from export_vq.load import LoadedModel, load_model
 from export_vq.records import BenchReport
 from export_vq.runners import OrtRunner, native_library, signature_of
@@ -78,8 +78,10 @@ def measure(loaded: LoadedModel, threads: int, prompt: int, seconds: float, fold
                 assert loaded.head is not None
                 file = folder / f"{output}-{kind}.onnx"
                 ir.save(head_graph(loaded.head, kind, output=wanted), file, external_data=f"{output}-{kind}.data")
-                alone = stack.enter_context(OrtRunner(file, feeds.Signature((), False), threads=threads, native=native))
-                heads[name] = alone.bound(head_inputs(loaded.head, 1))
+                alone = stack.enter_context(
+                    OrtRunner(file, feeds.Signature((), False, output=output), threads=threads, native=native)
+                )
+                heads[name] = alone.bound(head_inputs(loaded.head, 1, alone.signature))
                 if native:
                     runner.demand_native()
         return run_benchmark(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +30,7 @@ from export_vq.feeds import Signature
 from export_vq.forms import head_nodes
 from export_vq.graph import head_graph
 from export_vq.head import VQHead
-from export_vq.layers import HeadOutput
+from export_vq.head_output import HeadOutput
 from export_vq.records import BenchReport
 from export_vq.rival_graphs import GROUP, integer_graph
 from export_vq.runners import OrtRunner, native_library
@@ -48,6 +49,7 @@ TOP_K = 50
 VQ, VQ_LOGITS, GATHER = "VQ top-k", "VQ logits", "VQ logits, plain Gather"
 DENSE, DENSE_LOGITS, INT8, INT4 = "dense, then top-k", "dense logits", "dense INT8 logits", "dense INT4 logits"
 CUT_DENSE = f"dense, {CUT:,} tokens, then top-k"
+CHOOSING = (VQ, DENSE, CUT_DENSE)
 
 
 def random_head(kind: str, d: int, v: int, m: int, k: int) -> VQHead:
@@ -112,8 +114,10 @@ def runners(head: VQHead, threads: int) -> Iterator[dict[str, OrtRunner]]:
         for i, (name, graph) in enumerate(graphs(head)):
             file = folder / f"{i}.onnx"
             ir.save(graph, file, external_data=f"{i}.data")
+            output = "topk" if name in CHOOSING else "logits"
             native = name in (VQ, VQ_LOGITS)
-            named[name] = stack.enter_context(OrtRunner(file, Signature((), False), threads=threads, native=native))
+            runner = OrtRunner(file, Signature((), False, output=output), threads=threads, native=native)
+            named[name] = stack.enter_context(runner)
         yield named
 
 
@@ -137,13 +141,31 @@ def measure(head: VQHead, subject: str, threads: int, batches: tuple[int, ...], 
     """One head in all ways, warm and cold."""
     with runners(head, threads) as named:
         work = [
-            Workload(subject, batch, {name: r.bound(head_inputs(head, batch)) for name, r in named.items()})
+            Workload(
+                subject, batch, {name: r.bound(head_inputs(head, batch, r.signature)) for name, r in named.items()}
+            )
             for batch in batches
         ]
         named[VQ].demand_native()
         return run_benchmark(
             work, threads=threads, dtype="fp32", backend=f"ONNX Runtime {onnxruntime.__version__}", seconds=seconds
         )
+
+
+def lookups_per_ms(threads: int) -> float:
+    """What the library's kernel reaches with code ids in the nearer caches: the cost of more tokens, the call taken off."""
+    m, few, more = 128, 4096, 12288
+    times = []
+    for v in (few, more):
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch, "head.onnx")
+            head = random_head("product", 512, v, m, PRODUCT_CODES)
+            ir.save(head_graph(head, "vq", output=HeadOutput("topk", 1)), file)
+            with OrtRunner(file, Signature((), False, output="topk"), threads=threads) as runner:
+                work = Workload("look-ups", 1, {"vq": runner.bound(head_inputs(head, 1, runner.signature))})
+                report = run_benchmark([work], threads=threads, dtype="fp32", backend="", seconds=0.5)
+        times.append(next(t.min_ms for t in report.timings if t.cache == "warm"))
+    return (more - few) * m / (times[1] - times[0])
 
 
 def table(report: BenchReport, head: VQHead, machine: Machine) -> str:
@@ -182,7 +204,7 @@ def main() -> None:
             2,
             "error: the native kernels are not built, or of another version; build them with: export-vq plugins build\n",
         )
-    machine = Machine(args.threads)
+    machine = Machine(args.threads, functools.partial(lookups_per_ms, args.threads))
     reports = []
     for model in args.models:
         for subject, head in heads_of(model).items():

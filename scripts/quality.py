@@ -176,7 +176,7 @@ def head_times(layer: OutputLayer, head: VQHead, scratch: Path, rivals: tuple[st
             file = scratch / f"{name}.onnx"
             ir.save(integer_graph(layer.weight, int(name.removeprefix("int"))), file, external_data=f"{name}.data")
             runner = stack.enter_context(OrtRunner(file, Signature((), False), threads=1, native=False))
-            runs[name] = runner.bound(head_inputs(head, 1))
+            runs[name] = runner.bound(head_inputs(head, 1, runner.signature))
         report = run_benchmark([Workload("head", 1, runs)], threads=1, dtype="fp32", backend="", seconds=0.5)
     return {timing.runner: timing.median_ms for timing in report.timings if timing.cache == "cold"}
 

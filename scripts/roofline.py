@@ -29,12 +29,14 @@ class Work:
 class Machine:
     """Measured rates of this processor on so many threads."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, lookups_per_ms: Callable[[], float]) -> None:
+        """Args: of all measurements; measures the rate of table look-ups, asked once."""
         torch.set_num_threads(max(1, threads))
         self._evictor = Evictor()
+        self._lookups_per_ms = functools.cache(lookups_per_ms)
 
     def floor_ms(self, work: Work, *, cold: bool) -> float:
-        """The longer of reading and computing."""
+        """The longer of reading and computing, in milliseconds."""
         look_ups = work.lookups / self._lookups_per_ms() if work.lookups else 0.0
         return max(self._read_ms(work.num_bytes, cold), work.operations / self._operations_per_ms(), look_ups)
 
@@ -53,14 +55,6 @@ class Machine:
     def _operations_per_ms(self) -> float:
         a, b = torch.ones(512, 1024), torch.ones(1024, 512)
         return 2 * 512 * 1024 * 512 / _median_ms(lambda: a @ b)
-
-    @functools.cache  # noqa: B019
-    def _lookups_per_ms(self) -> float:
-        """Marginal cost of a token in the library's own kernel, its code ids in the second cache."""
-        from lookups import top_k_ms
-
-        small, large = top_k_ms(2048), top_k_ms(6144)
-        return (6144 - 2048) * 128 / (large - small)
 
 
 def _median_ms(run: Callable[[], object], before: Callable[[], None] | None = None) -> float:

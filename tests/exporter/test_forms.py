@@ -12,9 +12,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export_vq import contract
 from export_vq.errors import UserError
-from export_vq.forms import FORMS, convert, pack_codes, unpack_codes
+from export_vq.forms import FORMS, convert, head_nodes, pack_codes, unpack_codes
 from export_vq.graph import head_graph
 from export_vq.head import VQHead, oracle_logits
+from export_vq.head_output import HeadOutput
 
 EPS = {"float32": 2.0**-24, "float16": 2.0**-11}
 
@@ -180,3 +181,16 @@ def test_plugin_form_keeps_the_codes():
     words = ir.convenience.get_const_tensor(node.inputs[1]).numpy()
     bits, v = (node.attributes.get_int(name) for name in ("code_bits", "vocab_size"))
     np.testing.assert_array_equal(unpack_codes(words, bits, v), head.codes.numpy())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_plugin_form_of_a_draw_has_no_empty_input(bias):
+    """TensorRT's parser refuses a plugin with one."""
+    head = tiny_head("product", 24, 31, bias=bias)
+    model = head_graph(head, "vq", output=HeadOutput("sample"))
+    names = [value and value.name for value in head_nodes(model)[0].inputs]
+    assert ([None] if not bias else ["lm_head.bias"]) == names[2:3]
+    convert(model, "plugin")
+    assert [value.name for value in head_nodes(model)[0].inputs] == [
+        "code_logits", "lm_head.codes.packed8", *(["lm_head.bias"] if bias else []), "temperature", "uniform"
+    ]  # fmt: skip
