@@ -18,11 +18,12 @@ from export_vq.profiles import Shape
 
 KINDS = ("vq-plugin", "vq-plain", "dense")
 _DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+_ALWAYS_FLOAT = {*contract.TOP_K_OUTPUTS, *contract.SAMPLE_OUTPUTS}
 
 
 class EngineSource:
     """A graph of type `dtype` with VQ nodes named `nodes`; `inputs` maps each input to its dimensions, dynamic ones by name,
-    `output_dtypes` each floating-point output to its type."""
+    `output_dtypes` each floating-point output to the type it is meant to have."""
 
     def __init__(self, path: Path, kind: str) -> None:
         """Args: model.onnx in portable or plugin form, dense.onnx, or a head alone; one of KINDS.
@@ -42,8 +43,12 @@ class EngineSource:
             self._convert()
         self.inputs = {str(v.name): _dims(v) for v in self.model.graph.inputs}
         self.outputs = tuple(str(v.name) for v in self.model.graph.outputs)
-        self.output_dtypes = {str(v.name): _DTYPES[v.dtype] for v in self.model.graph.outputs if v.dtype in _DTYPES}
         self.dtype = _dtype(path, self.model)
+        self.output_dtypes = {
+            str(v.name): "fp32" if v.name in _ALWAYS_FLOAT else self.dtype
+            for v in self.model.graph.outputs
+            if v.dtype in _DTYPES
+        }
 
     def _convert(self) -> None:
         in_plugin_form = any(contract.CODE_BITS in n.attributes for n in forms.head_nodes(self.model))
