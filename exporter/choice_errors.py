@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export_vq.feeds import Feeds
-from export_vq.logit_errors import EDGES, Floats, largest, log_softmax, top_ids
+from export_vq.logit_errors import EDGES, Floats, divergence, largest, log_softmax, lowest_cosine
+from export_vq.ranking import top_ids
 from export_vq.records import ErrorStats
 
 TEMPERATURE = 0.8
@@ -92,7 +93,7 @@ class ChoiceErrors:
             best = np.partition(logits, v - ids.shape[1])[:, v - ids.shape[1] :]
             self.errors += [np.abs(told - logits[rows, ids]), np.abs(told - np.sort(best)[:, ::-1]), np.abs(lse - norm)]
             told_shares = told - lse
-            self.cosine = min(self.cosine, _cosine(told, logits[rows, ids]))
+            self.cosine = min(self.cosine, lowest_cosine(told, logits[rows, ids]))
             self._add_agreement(logits, ids)
         else:
             shares = log_softmax(logits / TEMPERATURE)
@@ -130,9 +131,6 @@ class ChoiceErrors:
     def stats(self) -> ErrorStats:
         """The numbers so far; KL is over what the graph tells: its tokens, and all others together."""
         errors = np.concatenate([e.ravel() for e in self.errors]) if self.errors else np.zeros(1)
-        kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
-        nll = np.concatenate(self.nll, axis=1) if self.nll else np.zeros((2, 0))
-        perplexity = np.exp(nll.mean(axis=1)) if nll.size else np.full(2, np.nan)
         histogram = np.histogram(np.log10(np.clip(errors, 10.0 ** EDGES[0], 10.0 ** EDGES[-1])), EDGES)[0]
         count = max(self.positions, 1)
         return ErrorStats(
@@ -141,12 +139,9 @@ class ChoiceErrors:
             mean_abs=float(errors.mean()),
             logit_range=self.high - self.low,
             cosine_min=self.cosine,
-            kl_mean=float(kl.mean()),
-            kl_p99=float(np.quantile(kl, 0.99)),
             top1_agreement=self.top1 / count,
             top5_agreement=self.top5 / count,
-            perplexity_reference=float(perplexity[0]),
-            perplexity_candidate=float(perplexity[1]),
+            **divergence(self.kl, self.nll),
             error_histogram=tuple((float(edge), int(n)) for edge, n in zip(EDGES[1:], histogram, strict=True)),
         )
 
@@ -184,11 +179,6 @@ class ChoiceErrors:
         margins = np.concatenate(self.margins) if self.margins else np.zeros(0)
         beyond = ~(margins <= bound)  # written so that NaN is beyond
         return int(((margins > 0) & ~beyond).sum()), int(beyond.sum()), largest(margins)
-
-
-def _cosine(a: Floats, b: Floats) -> float:
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(((a * b).sum(1) / np.maximum(norms, 1e-300)).min(initial=1.0))
 
 
 def _coarse_kl(shares: Floats, told: Floats) -> Floats:

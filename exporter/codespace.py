@@ -105,9 +105,7 @@ def logsumexp(code_logits: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor
         b = rows.new_zeros(codes.shape[0]) if bias is None else bias.to(rows.dtype)
         lse = (rows + code_mass(codes[:, 0].long(), b, rows.shape[1])).logsumexp(-1)
     else:
-        lse = rows.new_full((len(rows),), -torch.inf)
-        for _, logits in _blocks(rows, codes, bias):
-            lse = torch.logaddexp(lse, logits.logsumexp(-1))
+        lse = _stream_logsumexp(rows, codes, bias)
     return lse.reshape(code_logits.shape[:-1])
 
 
@@ -236,10 +234,15 @@ def _stream_top_k(rows: Tensor, codes: Tensor, bias: Tensor | None, k: int) -> t
     return values, ids, lse
 
 
-def _stream_sample(rows: Tensor, codes: Tensor, bias: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
+def _stream_logsumexp(rows: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
     lse = rows.new_full((len(rows),), -torch.inf)
     for _, logits in _blocks(rows, codes, bias):
         lse = torch.logaddexp(lse, logits.logsumexp(-1))
+    return lse
+
+
+def _stream_sample(rows: Tensor, codes: Tensor, bias: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
+    lse = _stream_logsumexp(rows, codes, bias)
     ids = torch.zeros(len(rows), dtype=torch.long)
     logprob = rows.new_full((len(rows),), -torch.inf)
     left, open_ = u.clone(), torch.ones(len(rows), dtype=torch.bool)

@@ -43,6 +43,11 @@ class Runner(Protocol):
     name: str
     signature: Signature
 
+    @property
+    def head(self) -> HeadTables | None:
+        """The constants of its VQ head; None where it has none, or cannot tell them."""
+        ...
+
     def infer(self, feeds: Feeds) -> Feeds:
         """Named input arrays -> named output arrays."""
         ...

@@ -92,7 +92,7 @@ def stream(
             raise UserError(f"prompt {i} is empty, expected at least one token; give a text to go on from")
     if decode is None and any(one.stop for one in each):
         raise UserError("stop strings were given without a tokenizer to see them with; give one, or use eos_ids")
-    head: fd.HeadTables | None = getattr(runner, "head", None)
+    head = runner.head
     requests = [
         _Request(i, list(prompt), one, decode) for i, (prompt, one) in enumerate(zip(prompts, each, strict=True))
     ]

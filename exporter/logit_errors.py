@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export_vq.ranking import top_ids
 from export_vq.records import ErrorStats
 
 Floats = NDArray[np.floating[Any]]
@@ -58,8 +59,7 @@ class ErrorAccumulator:
         self.max_abs = float(np.maximum(self.max_abs, largest(error)))
         self.sum_abs += float(error.sum())
         self.low, self.high = min(self.low, float(a.min())), max(self.high, float(a.max()))
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        self.cosine = float(np.minimum(self.cosine, ((a * b).sum(1) / np.maximum(norms, 1e-300)).min()))
+        self.cosine = float(np.minimum(self.cosine, lowest_cosine(a, b)))
         log_a, log_b = log_softmax(a), log_softmax(b)
         self.kl.append((np.exp(log_a) * (log_a - log_b)).sum(1))
         known = np.flatnonzero(targets >= 0)
@@ -73,31 +73,36 @@ class ErrorAccumulator:
 
     def stats(self) -> ErrorStats:
         """The numbers so far."""
-        kl = np.concatenate(self.kl) if self.kl else np.zeros(1)
-        nll = np.concatenate(self.nll, axis=1) if self.nll else np.zeros((2, 0))
-        perplexity = np.exp(nll.mean(axis=1)) if nll.size else np.full(2, np.nan)
         return ErrorStats(
             positions=self.positions,
             max_abs=self.max_abs,
             mean_abs=self.sum_abs / max(self.elements, 1),
             logit_range=self.high - self.low,
             cosine_min=self.cosine,
-            kl_mean=float(kl.mean()),
-            kl_p99=float(np.quantile(kl, 0.99)),
             top1_agreement=self.top1 / max(self.positions, 1),
             top5_agreement=self.top5 / max(self.positions, 1),
-            perplexity_reference=float(perplexity[0]),
-            perplexity_candidate=float(perplexity[1]),
+            **divergence(self.kl, self.nll),
             error_histogram=tuple((float(edge), int(n)) for edge, n in zip(EDGES[1:], self.histogram, strict=True)),
         )
 
 
-def top_ids(row: Floats, k: int) -> NDArray[np.int64]:
-    """The k best token ids of logits [V], falling by value; equal values by rising id."""
-    k = min(k, row.size)
-    bound = np.partition(row, -k)[-k]
-    ids = np.flatnonzero(row >= bound)  # all that tie at the boundary
-    return ids[np.lexsort((ids, -row[ids]))][:k]
+def divergence(kl: list[Floats], nll: list[Floats]) -> dict[str, float]:
+    """The fields of ErrorStats on KL [rows] and on the negative log-likelihoods [2, rows] of reference and candidate."""
+    each = np.concatenate(kl) if kl else np.zeros(1)
+    both = np.concatenate(nll, axis=1) if nll else np.zeros((2, 0))
+    perplexity = np.exp(both.mean(axis=1)) if both.size else np.full(2, np.nan)
+    return {
+        "kl_mean": float(each.mean()),
+        "kl_p99": float(np.quantile(each, 0.99)),
+        "perplexity_reference": float(perplexity[0]),
+        "perplexity_candidate": float(perplexity[1]),
+    }
+
+
+def lowest_cosine(a: Floats, b: Floats) -> float:
+    """Of the rows of two arrays [rows, n]; 1 of no rows."""
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(1) / np.maximum(norms, 1e-300)).min(initial=1.0))
 
 
 def log_softmax(logits: Floats) -> Floats:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +31,6 @@ STEPS = 8
 """Tokens of a standard case, and how many of them are decode steps."""
 
 
-class Reference(fd.Runner, Protocol):
-    """A runner whose `topk` and `sample` outputs come with the `logits` that they were chosen from, as TorchRunner's do."""
-
-    @property
-    def head(self) -> fd.HeadTables | None:
-        """The tables of its VQ head."""
-        ...
-
-
 @dataclass(frozen=True)
 class CaseInput:
     """Tokens of one case: `ids` int64 [B, prefill + decode_steps]; `padding` tokens on the left of each row are not real."""
@@ -56,7 +46,7 @@ class CaseInput:
 
 
 def check_parity(
-    reference: Reference,
+    reference: fd.Runner,
     candidate: fd.Runner,
     cases: Sequence[CaseInput],
     *,
@@ -70,7 +60,7 @@ def check_parity(
 
     Args:
         reference: PyTorch in float32 for an fp32 candidate; the float64 oracle for fp16 and bf16. It gives
-            what the candidate gives.
+            what the candidate gives, and with chosen tokens the `logits` that they were chosen from, as TorchRunner does.
         candidate: what was exported.
         cases: at least one.
         dtype: 'fp32', 'fp16' or 'bf16', the candidate's.
@@ -162,7 +152,7 @@ def standard_cases(
     return cases
 
 
-def _errors(reference: Reference, output: str) -> ErrorAccumulator | ChoiceErrors:
+def _errors(reference: fd.Runner, output: str) -> ErrorAccumulator | ChoiceErrors:
     """An empty account of what the graphs give."""
     if output == "logits":
         return ErrorAccumulator()
@@ -198,7 +188,7 @@ def _fp32_failures(
 
 
 def _run_case(
-    case: CaseInput, reference: Reference, candidate: fd.Runner, total: ErrorAccumulator | ChoiceErrors
+    case: CaseInput, reference: fd.Runner, candidate: fd.Runner, total: ErrorAccumulator | ChoiceErrors
 ) -> tuple[ParityCase, float]:
     """One case through both, each with its own cache. Returns the case and the cache error over the cache's range."""
     signature = candidate.signature

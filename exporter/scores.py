@@ -18,6 +18,7 @@ from torch import Tensor
 from export_vq import codespace
 from export_vq.feeds import Array, Feeds, HeadTables
 from export_vq.head import gather_scatter
+from export_vq.ranking import top_ids
 
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -78,8 +79,7 @@ class DenseScores:
         n = min(max(least, FEWEST), len(row))
         if n == 0:
             return Ranking(row, ids, True)
-        at = np.flatnonzero(row >= np.partition(row, -n)[-n])  # all that tie at the boundary
-        at = at[np.argsort(-row[at], kind="stable")][:n]
+        at = top_ids(row, n)
         return Ranking(row[at], ids[at], n == len(row))
 
     def log_total(self, temperature: float, without: Ids) -> float:

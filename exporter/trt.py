@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 from export_vq import contract
 from export_vq.errors import UserError
 from export_vq.files import sha256
+from export_vq.outputs import OPS
 from export_vq.require import require
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
@@ -138,9 +139,6 @@ def last_errors(here: TensorRT, count: int = 3) -> str:
     return " | ".join(list(dict.fromkeys(telling or lines))[-count:]) or "it gave no reason"
 
 
-PLUGINS: Final = (contract.GATHER_SCATTER, contract.TOP_K, contract.SAMPLE)
-"""Names of the plugins in libvq_trt."""
-
 _registered: dict[str, str] = {}
 """SHA-256 of the plugin library that this process uses, by flavour."""
 
@@ -158,7 +156,7 @@ def load_plugin(here: TensorRT, library: Path) -> str:
 
     def missing() -> list[str]:
         found = {(creator.name, creator.plugin_version, creator.plugin_namespace) for creator in registry.all_creators}
-        return [name for name in PLUGINS if (name, str(contract.VERSION), contract.DOMAIN) not in found]
+        return [name for name in OPS.values() if (name, str(contract.VERSION), contract.DOMAIN) not in found]
 
     if not missing():
         if _registered.get(here.flavour) != digest:

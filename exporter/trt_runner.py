@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export_vq.errors import UserError
-from export_vq.feeds import Closing, Feeds, Signature
+from export_vq.feeds import Closing, Feeds, HeadTables, Signature
 from export_vq.plan import LoadedEngine, load_engine
 from export_vq.profiles import choose_profile
 from export_vq.records import EngineArtifact
@@ -47,6 +47,9 @@ def signature_of_engine(artifact: EngineArtifact) -> Signature:
 
 class TrtRunner(Closing):
     """One engine, one stream, one execution context per profile. Not for several threads at once."""
+
+    head: HeadTables | None = None
+    """A plan does not show its constants."""
 
     def __init__(self, sidecar: Path, *, plugin: Path | None = None, cuda_graph: bool = False) -> None:
         """Args: <kind>.json beside the plan; the plugin library (None: the one built here); whether to capture CUDA graphs.

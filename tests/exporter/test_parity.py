@@ -12,8 +12,9 @@ from onnx import numpy_helper
 from export_vq import feeds
 from export_vq.graph import ExportOptions, export_onnx
 from export_vq.load import load_model, save_model
-from export_vq.logit_errors import ErrorAccumulator, top_ids
+from export_vq.logit_errors import ErrorAccumulator
 from export_vq.parity import CaseInput, check_parity, standard_cases
+from export_vq.ranking import top_ids
 from export_vq.records import OnnxArtifact, ParityReport
 from export_vq.runners import OrtRunner, TorchRunner, signature_of
 
