@@ -208,32 +208,63 @@ def make_heads(work: Work) -> dict[str, VQHead]:
     return heads
 
 
-def tune_end_to_end(work: Work, heads: dict[str, VQHead]) -> dict[str, LoadedModel]:
-    """Some heads and the dense control, tuned with their last layers: the same text, steps and teacher."""
-    held = torch.arange(len(work.tune)) % 32 == 16
-    models: dict[str, LoadedModel] = {}
-    starts: dict[str, LoadedModel] = {
-        "dense": work.dense,
-        **{name: with_head(work.dense, heads[name]) for name in ("product M=144", "single K=512")},
-    }
-    for start, model in starts.items():
-        name = f"{start}, end to end"
-        folder = work.folder / "end-to-end" / slug(start)
-        begin = time.perf_counter()
-        result = finetune(model, work.tune[~held], work.tune[held], END_TO_END, folder, teacher=work.dense)
-        say(
-            f"{name}: {result.report.perplexity_before:.2f} -> {result.report.perplexity_after:.2f}, {time.perf_counter() - begin:.0f} s"
-        )
-        tuned = result.model
-        models[name] = tuned
+class EndToEnd:
+    """Models tuned with their last layers, each towards the model that it was made from, on the same text."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.models: dict[str, LoadedModel] = {}
+        self._held = torch.arange(len(work.tune)) % 32 == 16
+
+    def tuned(
+        self,
+        name: str,
+        start: LoadedModel,
+        teacher: LoadedModel,
+        options: FinetuneOptions = END_TO_END,
+        rounds: int = 1,
+    ) -> LoadedModel:
+        """`start` after a round of tuning, measured as `name`; `rounds` is how many it has been through then."""
+        work, begin = self.work, time.perf_counter()
+        folder = work.folder / "end-to-end" / slug(name)
+        result = finetune(start, work.tune[~self._held], work.tune[self._held], options, folder, teacher=teacher)
+        before, after = result.report.perplexity_before, result.report.perplexity_after
+        say(f"{name}: {before:.2f} -> {after:.2f}, {time.perf_counter() - begin:.0f} s")
+        model = result.model
+        tokens = rounds * options.steps * options.batch_size * BLOCK
         work.measure(
-            {name: tuned.head or OutputLayer.of(tuned)},
-            {name: work.own_hidden(name, tuned)},
-            {
-                name: f"last {END_TO_END.last_layers} layers too, {END_TO_END.steps * END_TO_END.batch_size * BLOCK:,} tokens"
-            },
+            {name: model.head or OutputLayer.of(model)},
+            {name: work.own_hidden(name, model)},
+            {name: f"last {options.last_layers} layers too, {tokens:,} tokens"},
         )
-    return models
+        self.models[name] = model
+        return model
+
+    def made_of(self, model: LoadedModel) -> LoadedModel:
+        """A tuned model with a product head of its own."""
+        work = self.work
+
+        def make() -> dict[str, Any]:
+            with quick_matmul():
+                layer = OutputLayer.of(model)
+                stats = Statistics.of(layer, hidden_states(model, work.tune))
+                options = dataclasses.replace(HEADS["product M=144"], tune_tokens=TUNE_TOKENS)
+                return make_head(layer, stats, options).tensors
+
+        return with_head(model, VQHead.from_tensors(**work.kept("product M=144 of the tuned model", make)))
+
+
+def tune_end_to_end(work: Work, heads: dict[str, VQHead]) -> dict[str, LoadedModel]:
+    """Heads and dense controls of the same budget: once on the frozen heads, and once tune, compress, tune."""
+    runs = EndToEnd(work)
+    dense = runs.tuned("dense, end to end", work.dense, work.dense)
+    for name in ("product M=144", "single K=512"):
+        runs.tuned(f"{name}, end to end", with_head(work.dense, heads[name]), work.dense)
+    runs.tuned("dense, end to end, two rounds", dense, dense, rounds=2)
+    # The text has taught the dense model what it can by now; what is left to learn is the dense model.
+    options = dataclasses.replace(END_TO_END, alpha=1.0)
+    runs.tuned("product M=144, end to end, two rounds", runs.made_of(dense), dense, options, rounds=2)
+    return runs.models
 
 
 def tie(work: Work, heads: dict[str, VQHead]) -> None:
