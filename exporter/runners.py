@@ -27,7 +27,7 @@ from export_vq.feeds import Closing, Feeds, HeadTables, Signature
 from export_vq.head import VQHead, gather_scatter
 from export_vq.load import LoadedModel, convert
 from export_vq.outputs import OPS
-from export_vq.plugins.library import Library, find
+from export_vq.plugins.library import Library, find_current
 from export_vq.records import OnnxArtifact
 from export_vq.require import require
 
@@ -229,8 +229,7 @@ class OrtRunner(Closing):
 
 def native_library() -> Library | None:
     """The ONNX Runtime library with our kernels, built from the sources of this version; None where there is none."""
-    library = find("vq_ort")
-    return library if library is not None and library.current else None
+    return find_current("vq_ort")
 
 
 def signature_of(artifact: OnnxArtifact) -> Signature:
