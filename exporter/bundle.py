@@ -2,8 +2,11 @@
 
 out/  model.onnx dense.onnx (+ .data), each with its record *.onnx.json
       config.json and the tokenizer's files
-      steps/*.json     results of measuring steps, each with the key it was made from
+      engines/<gpu>-<tensorrt>/  plans, each with its record and its ONNX file
+      lib/             the native libraries of the machine that wrote it
       report.json report.html
+      manifest.json    all of the above with hashes (manifest.py)
+      steps/*.json     results of measuring steps, each with the key it was made from: not shipped
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from export_vq.errors import UserError
-from export_vq.files import sha256, write_text
+from export_vq.files import is_inside, sha256, write_text
 from export_vq.records import OnnxArtifact, Record
 
 R = TypeVar("R", bound=Record)
@@ -43,7 +46,7 @@ class Bundle:
             return None
         for file, digest in artifact.file_sha256.items():
             path = self.folder / file
-            if not path.is_file() or sha256(path) != digest:
+            if not is_inside(file) or not path.is_file() or sha256(path) != digest:
                 return None
         return artifact
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from export_vq.cli_bundle import print_bundle
 from export_vq.cli_generate import generate
 from export_vq.cli_native import build, plugins, print_engine
 from export_vq.errors import CheckFailed, UserError
@@ -218,11 +219,13 @@ def export(model: Path, out: Path, form: str, external_data_mb: int, **chosen: A
     from export_vq.files import sha256
     from export_vq.graph import ExportOptions
     from export_vq.load import load_model
+    from export_vq.manifest import seal
     from export_vq.steps import export_step
 
     loaded = load_model(model)
     options = ExportOptions(form=form, external_data_bytes=external_data_mb << 20, **chosen)
     artifacts = export_step(lambda: loaded, sha256(model), Bundle(out), options, Steps())
+    seal(out)
     for artifact in artifacts.values():
         click.echo(f"{out / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
 
@@ -386,11 +389,15 @@ def tune(model: Path, teacher: Path, text: Path, output: Path, **chosen: Any) ->
     type=click.Path(path_type=Path),
     help="UTF-8 text: prints the lowest perplexity that the mapping allows on it.",
 )
+@click.option("--verify", is_flag=True, help="An output folder: compare every file with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, text: Path | None, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint, an ONNX file or a TensorRT plan."""
+def inspect(path: Path, text: Path | None, verify: bool, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint, an ONNX file, a TensorRT plan or an output folder."""
     from export_vq.inspection import inspect_engine, inspect_path
 
+    if verify or (path / "manifest.json").is_file():
+        print_bundle(path, verify=verify, as_json=as_json)
+        return
     if path.suffix == ".plan":
         engine = inspect_engine(path)
         if as_json:

@@ -77,6 +77,7 @@ def build(
     """
     from export_vq.engine import EngineOptions
     from export_vq.engines import build_engines, options_for
+    from export_vq.manifest import seal
 
     steps = Steps()
     if (
@@ -107,6 +108,8 @@ def build(
     )
     out = output or (source if source.is_dir() else source.parent)
     built, not_done = build_engines(source, out, kinds, options_for(source, options), steps)
+    if (out / "model.onnx.json").is_file():  # an output folder, not just a place for plans
+        seal(out)
     if as_json:
         click.echo(json.dumps({"engines": [a.to_json() for a in built.values()], "not_done": not_done}, indent=1))
         return

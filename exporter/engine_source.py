@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from export_vq import contract, forms
 from export_vq.errors import UserError
 from export_vq.files import sha256
 from export_vq.graph import METADATA_KEY
+from export_vq.graph_files import data_files, read_graph, write_linked
 from export_vq.outputs import output_of
 from export_vq.profiles import Shape
 
@@ -73,45 +73,17 @@ class EngineSource:
             "last_token": "input_ids" in self.inputs and first[1] == 1,
         }
 
-    @property
-    def data_files(self) -> tuple[str, ...]:
-        """Weights files beside the source that the graph refers to."""
-        weights = (v.const_value for v in self.model.graph.initializers.values())
-        return tuple(sorted({str(w.location) for w in weights if isinstance(w, ir.ExternalTensor)}))
-
     def source_sha256(self) -> dict[str, str]:
-        return {name: sha256(self.path.with_name(name)) for name in (self.path.name, *self.data_files)}
+        return {name: sha256(self.path.with_name(name)) for name in (self.path.name, *data_files(self.model))}
 
     def write_onnx(self, path: Path) -> tuple[str, ...]:
         """Write the graph; returns the names of the links to weights beside it."""
-        for name in self.data_files:
-            origin = self.path.with_name(name)
-            if not origin.is_file():
-                raise UserError(f"{self.path}: its weights file {name} is missing; keep both files in one folder")
-            try:
-                (path.parent / name).symlink_to(origin.resolve())
-            except OSError:  # a file system without links
-                shutil.copyfile(origin, path.parent / name)
-        ir.save(self.model, path)
-        return self.data_files
+        return write_linked(self.model, self.path, path)
 
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """(KV heads, head_dim) of each layer's cache; empty for a head alone."""
         keys = [shape for name, shape in self.inputs.items() if name.startswith("past_key_values.") and ".key" in name]
         return tuple((int(shape[1]), int(shape[3])) for shape in keys)
-
-
-def read_graph(path: Path) -> ir.Model:
-    """An ONNX file, its large weights left on disk.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's errors share no base
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: not a readable ONNX file ({reason}); export it again") from error
 
 
 def _dims(value: ir.Value) -> Shape:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from export_vq import forms
 from export_vq.engine import EngineOptions, build_engine, builder_versions, engine_folder
-from export_vq.engine_source import KINDS, read_graph
+from export_vq.engine_source import KINDS
 from export_vq.errors import UserError
 from export_vq.files import sha256
+from export_vq.graph_files import read_graph
 from export_vq.plugins.library import find, require_library
 from export_vq.progress import Progress
 from export_vq.records import EngineArtifact

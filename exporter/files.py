@@ -60,6 +60,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name that a file brings along is a plain relative path, with '/', that cannot lead out of its folder."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not any(c in name for c in "\\:\0")
+
+
 def size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

@@ -1,7 +1,8 @@
 """The token loop over any runner: batches, decoding options, streams of events.
 
 What a graph must give: `logits`; or `values, ids, logsumexp, code_logits` with the runner's `head`, which chooses the
-same tokens and never builds V logits; or `ids, logprob`, drawn in the graph from `temperature` and `uniform`, for plain sampling.
+same tokens and builds V logits of a row only where its best tokens do not decide; or `ids, logprob`, drawn in the graph
+from `temperature` and `uniform`, for plain sampling.
 """
 
 from __future__ import annotations

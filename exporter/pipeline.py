@@ -27,6 +27,7 @@ from export_vq.files import sha256, write_text
 from export_vq.generate import generate
 from export_vq.graph import TORCH_DTYPES, ExportOptions
 from export_vq.load import LoadedModel, load_dense, load_model
+from export_vq.manifest import seal
 from export_vq.progress import Progress
 from export_vq.quality import continuations, quality_report
 from export_vq.records import (
@@ -69,7 +70,7 @@ class RunOptions:
 
 
 def run_pipeline(model: Path, out: Path, options: RunOptions, progress: Progress) -> RunReport:
-    """Do everything this machine can do for one checkpoint, and write `report.json` and `report.html`.
+    """Do everything this machine can do for one checkpoint, write `report.json` and `report.html`, and seal the folder.
 
     Args:
         model: a VQ-Logits model.pt or Hugging Face folder.
@@ -189,6 +190,7 @@ class _Run:
         )
         report.save(bundle.report_json)
         write_text(bundle.report_html, render_html(report))
+        seal(bundle.folder)
         return report
 
     def _step(

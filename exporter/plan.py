@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from export_vq.errors import UserError
-from export_vq.files import sha256
-from export_vq.plugins.library import require_library
+from export_vq.files import is_inside, sha256
+from export_vq.manifest import bundled_library
+from export_vq.plugins.library import find, require_library
 from export_vq.records import EngineArtifact
 from export_vq.trt import TensorRT, find_tensorrt, last_errors, load_plugin, log
 
@@ -28,12 +29,16 @@ def load_engine(sidecar: Path, *, plugin: Path | None = None) -> LoadedEngine:
 
     Args:
         sidecar: <kind>.json beside the plan.
-        plugin: the libvq_trt.so that the plan needs; None for the one that was built here.
+        plugin: the libvq_trt.so that the plan needs; None for the one of the output folder around it when that is the
+            one, else the one that was built here.
 
     Raises:
         UserError: the plan is damaged, was built for another TensorRT or GPU, or needs another plugin library.
     """
     artifact = EngineArtifact.load(sidecar)
+    outside = [name for name in (artifact.path, artifact.onnx) if not is_inside(name)]
+    if outside:
+        raise UserError(f"{sidecar}: it names {outside[0]!r}, expected a file of the same folder; build it again")
     plan = sidecar.with_name(artifact.path)
     if not plan.is_file() or sha256(plan) != artifact.sha256:
         raise UserError(f"{plan}: missing, or not the file that {sidecar.name} describes; build it again")
@@ -41,7 +46,7 @@ def load_engine(sidecar: Path, *, plugin: Path | None = None) -> LoadedEngine:
     check_fit(plan, artifact, here)
     embedded = bool(artifact.options["embed_plugin"])
     if artifact.plugin_sha256 is not None and not embedded:
-        library = plugin or require_library("vq_trt").path
+        library = plugin or _plugin_library(sidecar, artifact.plugin_sha256)
         if load_plugin(here, library) != artifact.plugin_sha256:
             raise UserError(
                 f"{plan}: built with another plugin library than {library}; build it again with: export-vq build, or give the "
@@ -88,6 +93,17 @@ def check_fit(plan: Path, artifact: EngineArtifact, here: TensorRT) -> None:
             f"{plan}: built for {artifact.gpu} (compute capability {artifact.compute_capability}), here is {here.gpu.name} "
             f"({here.gpu.compute_capability}); {mend}"
         )
+
+
+def _plugin_library(sidecar: Path, needed: str) -> Path:
+    """The library with this hash, if it was built here or came along in the output folder: out/engines/<machine>/<kind>.json."""
+    own = find("vq_trt")
+    if own is None or own.sha256 != needed:
+        parents = sidecar.resolve().parents
+        bundled = bundled_library(parents[min(2, len(parents) - 1)], "vq_trt")
+        if bundled is not None and bundled.sha256 == needed:
+            return bundled.path
+    return require_library("vq_trt").path
 
 
 def _refit(here: TensorRT, engine: Any, onnx: Path) -> None:

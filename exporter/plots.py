@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from export_vq.records import QualityReport, RunReport, Timing
+from export_vq.records import BenchReport, QualityReport, RunReport, Timing
 from export_vq.wording import allowed_error, frontier, head_parts, number, share, size
 
 ACCENT, SOFT, GREY, INK, ALARM = "#0f766e", "#7cc4bb", "#a3abb5", "#1f2933", "#b42318"
@@ -75,6 +75,21 @@ def frontier_svg(quality: QualityReport, against: str) -> str:
     return _svg(lambda figure: _draw_frontier(figure, quality, against), opaque=True)
 
 
+def latency_svg(bench: BenchReport) -> str:
+    """Bars of a benchmark's medians as an SVG file of its own, on white; ways whose name begins with VQ stand out."""
+    return _svg(lambda figure: _draw_latency(figure, bench.timings), opaque=True)
+
+
+def curves_svg(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], ylabel: str) -> str:
+    """Lines through points (x, y), both scales logarithmic, as an SVG file of its own, on white.
+
+    Args:
+        panels: what x is -> name of a line -> its points.
+        ylabel: what y is.
+    """
+    return _svg(lambda figure: _draw_curves(figure, panels, ylabel), opaque=True)
+
+
 def _svg(draw: Callable[[Figure], None], *, opaque: bool) -> str:
     stream = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -129,8 +144,7 @@ def _draw_rows(ax: Axes, rows: _Rows, log: bool) -> None:
         y += _GAP_INCHES - _BAR_INCHES / 2
 
 
-def _draw_latency(figure: Figure, report: RunReport) -> None:
-    timings = report.bench.timings if report.bench else ()
+def _draw_latency(figure: Figure, timings: Sequence[Timing]) -> None:
     panels = []
     for subject in dict.fromkeys(t.subject for t in timings):
         mine = [t for t in timings if t.subject == subject]
@@ -144,9 +158,27 @@ def _draw_latency(figure: Figure, report: RunReport) -> None:
 
 
 def _latency_bar(timing: Timing) -> _Bar:
-    color = ACCENT if timing.runner == "vq" else GREY
+    color = ACCENT if timing.runner == "vq" or timing.runner.startswith("VQ") else GREY
     label = f"{timing.runner} {number(timing.median_ms)}"
     return _Bar(timing.median_ms, color, label, (timing.q1_ms, timing.p90_ms))
+
+
+def _draw_curves(
+    figure: Figure, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], ylabel: str
+) -> None:
+    figure.set_size_inches(4.7 * len(panels), 3.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for i, (ax, (xlabel, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for (name, points), (color, marker) in zip(lines.items(), KIND_STYLES.values(), strict=False):
+            ax.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel("" if i else ylabel)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        ax.grid(color="#94a3b8", alpha=0.25, linewidth=0.7)
+        ax.legend(frameon=False)
 
 
 def _draw_agreement(figure: Figure, report: RunReport) -> None:
@@ -245,7 +277,7 @@ def _short(name: str, length: int = 38) -> str:
 
 
 _DRAW: dict[str, Callable[[Figure, RunReport], None]] = {
-    "latency": _draw_latency,
+    "latency": lambda figure, report: _draw_latency(figure, report.bench.timings if report.bench else ()),
     "errors": _draw_errors,
     "agreement": _draw_agreement,
     "bytes": _draw_bytes,

@@ -26,8 +26,9 @@ from export_vq.errors import CheckFailed, UserError
 from export_vq.feeds import Closing, Feeds, HeadTables, Signature
 from export_vq.head import VQHead, gather_scatter
 from export_vq.load import LoadedModel, convert
+from export_vq.manifest import bundled_library
 from export_vq.outputs import OPS
-from export_vq.plugins.library import Library, find
+from export_vq.plugins.library import Library, find_current
 from export_vq.records import OnnxArtifact
 from export_vq.require import require
 
@@ -140,12 +141,14 @@ class OrtRunner(Closing):
         threads: int = 0,
         provider: str = "CPUExecutionProvider",
         native: bool = True,
+        bundle: Path | None = None,
     ) -> None:
         """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider; whether to
-        register the native kernels where they are built.
+        register the native kernels where they are built, or brought along by the output folder `bundle`.
 
         Raises:
-            UserError: ONNX Runtime is not installed, or cannot run this file on this provider.
+            UserError: ONNX Runtime is not installed, or cannot run this file on this provider; or the bundle's library is
+                not the one that its manifest lists.
         """
         ort = require("onnxruntime", extra="cpu")
         options = ort.SessionOptions()
@@ -158,7 +161,7 @@ class OrtRunner(Closing):
         self._path = path
         self.native_nodes: int | None = 0
         self._profiles: tempfile.TemporaryDirectory[str] | None = None
-        library = native_library() if native else None
+        library = native_library(bundle) if native else None
         if library is not None:
             options.register_custom_ops_library(str(library.path))
             self.name += " with native kernels"
@@ -227,10 +230,14 @@ class OrtRunner(Closing):
             self._profiles.cleanup()
 
 
-def native_library() -> Library | None:
-    """The ONNX Runtime library with our kernels, built from the sources of this version; None where there is none."""
-    library = find("vq_ort")
-    return library if library is not None and library.current else None
+def native_library(bundle: Path | None = None) -> Library | None:
+    """The ONNX Runtime library with our kernels: the one built from the sources of this version; else the one in the
+    output folder `bundle`; None where there is none.
+
+    Raises:
+        UserError: the bundle's library is not the one that its manifest lists.
+    """
+    return find_current("vq_ort") or (bundled_library(bundle, "vq_ort") if bundle is not None else None)
 
 
 def signature_of(artifact: OnnxArtifact) -> Signature:

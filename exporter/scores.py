@@ -1,7 +1,7 @@
 """What a decoder asks of one row of a model's output, answered alike by V logits and by code space.
 
-A row from `--output topk` is answered from its list of the k best tokens and its normaliser wherever those decide, else
-exactly from its code logits; V logits are never its input.
+A row from `--output topk` is answered from its list of the k best tokens and its normaliser wherever those decide. Where
+they do not, its V logits are summed from its code logits: here, once, for this row alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from export_vq import codespace
 from export_vq.feeds import Array, Feeds, HeadTables
 from export_vq.head import gather_scatter
+from export_vq.plugins.host import HostKernel
+from export_vq.plugins.library import find_current
 from export_vq.ranking import top_ids
 
 Floats = NDArray[np.float64]
@@ -93,44 +93,32 @@ class DenseScores:
 class CodeSpace:
     """A VQ head's constants as code space takes them; one for all rows and steps."""
 
-    def __init__(self, head: HeadTables) -> None:
+    def __init__(self, head: HeadTables, *, native: bool = True) -> None:
+        """Args: the head; whether to use the native kernel where it is built."""
+        self._head = head
         self._codes = torch.from_numpy(head.codes)
         self._bias = None if head.bias is None else torch.from_numpy(head.bias)
+        self._native = native
         self.vocab_size = len(head.codes)
-        self._everything = torch.arange(self.vocab_size)
 
-    def logits(self, code_logits: Tensor, ids: Ids) -> Floats:
+    def logits(self, code_logits: NDArray[np.float32], ids: Ids) -> Floats:
         """Float32 sums of M table entries and the bias, for tokens [n]."""
         if not len(ids):
             return np.zeros(0)
-        codes, bias, _ = self._part(torch.from_numpy(ids))
-        return gather_scatter(code_logits, codes, bias).double().numpy()
+        some = torch.from_numpy(ids)
+        bias = None if self._bias is None else self._bias[some]
+        return gather_scatter(torch.from_numpy(code_logits), self._codes[some], bias).double().numpy()
 
-    def best(self, code_logits: Tensor, n: int, without: Ids) -> tuple[Floats, Ids]:
-        """The n best of all tokens but `without`; n at most so many."""
-        codes, bias, ids = self._part(self._but(without))
-        found = codespace.top_k(code_logits, codes, bias, n)
-        return found.values.double().numpy(), ids[found.ids].numpy()
+    def everything(self, code_logits: NDArray[np.float32]) -> Array:
+        """The same of all tokens: float32 [V]."""
+        if self._kernel is not None:
+            return self._kernel.logits(code_logits)
+        return gather_scatter(torch.from_numpy(code_logits), self._codes, self._bias).numpy()
 
-    def log_total(self, code_logits: Tensor, temperature: float, without: Ids) -> float:
-        """In float64: at low temperatures float32 has no digits left for the differences that count."""
-        codes, bias, _ = self._part(self._but(without))
-        tempered = None if bias is None else bias.double() / temperature
-        return float(codespace.logsumexp(code_logits.double() / temperature, codes, tempered))
-
-    def _but(self, without: Ids) -> Tensor | None:
-        """All ids but some, rising; None for all. Leaving tokens out keeps every sum one of positive terms."""
-        if not len(without):
-            return None
-        keep = torch.ones(self.vocab_size, dtype=torch.bool)
-        keep[torch.from_numpy(without)] = False
-        return self._everything[keep]
-
-    def _part(self, ids: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(codes, bias, ids) of some tokens, or of all."""
-        if ids is None:
-            return self._codes, self._bias, self._everything
-        return self._codes[ids], None if self._bias is None else self._bias[ids], ids
+    @cached_property
+    def _kernel(self) -> HostKernel | None:
+        library = find_current("vq") if self._native else None
+        return None if library is None else HostKernel(library, self._head.codes, self._head.bias)
 
 
 class CodeScores:
@@ -142,14 +130,13 @@ class CodeScores:
         self._values: Floats = values.astype(np.float64)
         self._ids = ids
         self._logsumexp = logsumexp
-        self._code_logits = torch.from_numpy(code_logits.astype(np.float32))
+        self._code_logits = code_logits.astype(np.float32)
         self.vocab_size = space.vocab_size
 
     @property
     def sound(self) -> bool:
-        return bool(
-            np.isfinite(self._values[0]) and np.isfinite(self._logsumexp) and not self._code_logits.isnan().any()
-        )
+        told = np.isfinite(self._values[0]) and np.isfinite(self._logsumexp)
+        return bool(told and not np.isnan(self._code_logits).any())
 
     def logits(self, ids: Ids) -> Floats:
         return self._space.logits(self._code_logits, ids)
@@ -159,24 +146,28 @@ class CodeScores:
         values, ids = self._values[stay], self._ids[stay]
         everything = self.vocab_size - len(without)
         if len(ids) < min(least, everything):
-            values, ids = self._space.best(self._code_logits, min(least, everything), without)
+            return self._everything.best(least, without)
         return Ranking(values, ids, len(ids) == everything)
 
     def log_total(self, temperature: float, without: Ids) -> float:
-        if len(without) == self.vocab_size:
-            return -np.inf
         if temperature == 1:
             taken = float(np.exp(self.logits(without) - self._logsumexp).sum())
             if taken <= 0.5:  # what is left is at least as large as what goes: the relative error at most doubles
                 return self._logsumexp + float(np.log1p(-taken))
-        return self._space.log_total(self._code_logits, temperature, without)
+        return self._everything.log_total(temperature, without)
+
+    @cached_property
+    def _everything(self) -> DenseScores:
+        return DenseScores(self._space.everything(self._code_logits))
 
 
 class ScoreReader:
     """Rows of a runner's outputs as Scores: from `logits`, or from `values, ids, logsumexp, code_logits` and the head."""
 
-    def __init__(self, head: HeadTables | None) -> None:
+    def __init__(self, head: HeadTables | None, *, native: bool = True) -> None:
+        """Args: the constants, where the rows have code logits; whether to use the native kernel where it is built."""
         self._head = head
+        self._native = native
 
     def read(self, outputs: Feeds, row: int) -> Scores:
         """The last position of one row of the batch."""
@@ -188,4 +179,4 @@ class ScoreReader:
     @cached_property
     def _space(self) -> CodeSpace:
         assert self._head is not None, "a graph with code_logits has a VQ head"
-        return CodeSpace(self._head)
+        return CodeSpace(self._head, native=self._native)

@@ -11,6 +11,7 @@ from export_vq.checkpoint import read_json
 from export_vq.decoding import DecodingOptions
 from export_vq.errors import UserError
 from export_vq.feeds import Closing
+from export_vq.files import is_inside
 from export_vq.generate import TokenEvent, stream
 from export_vq.records import OnnxArtifact
 from export_vq.runners import OrtRunner, signature_of
@@ -35,6 +36,10 @@ class TextModel(Closing):
                     f"make one with: export-vq MODEL -o {folder}"
                 )
         artifact = OnnxArtifact.load(folder / "model.onnx.json")
+        if not is_inside(artifact.path):
+            raise UserError(
+                f"{folder}/model.onnx.json: its path is {artifact.path!r}, expected a file of the same folder; export it again"
+            )
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
         config = read_json(folder / "config.json")
@@ -42,7 +47,7 @@ class TextModel(Closing):
         self._positions = config.get("max_position_embeddings") or config.get("n_positions")
         self._vocab_size = artifact.spec.vocab_size
         self._tokenizer = Tokenizer.from_str(text)
-        self._runner = OrtRunner(folder / artifact.path, signature_of(artifact), threads=threads)
+        self._runner = OrtRunner(folder / artifact.path, signature_of(artifact), threads=threads, bundle=folder)
 
     def write(self, prompt: str, options: DecodingOptions) -> Iterator[TokenEvent]:
         """Go on from a prompt. Text ends at the model's own ends too, and where its positions do ('length').

@@ -62,6 +62,12 @@ def find(name: str, folder: Path | None = None) -> Library | None:
     return Library(name, path, built_from, info["cuda"], digest, built_from == source_hash())
 
 
+def find_current(name: str) -> Library | None:
+    """The library `name`, built from the sources of this package; None where there is none."""
+    library = find(name)
+    return library if library is not None and library.current else None
+
+
 def require_library(name: str, folder: Path | None = None) -> Library:
     """The library `name`, built from the sources of this package: safe to load.
 

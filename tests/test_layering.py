@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "ranking": set(),
     "decoding": {"errors"},
     "detokenize": set(),
-    "scores": {"codespace", "feeds", "head", "ranking"},
+    "scores": {"feeds", "head", "plugins.host", "plugins.library", "ranking"},
     "sampling": {"decoding", "errors", "scores"},
     "generate": {"decoding", "detokenize", "errors", "feeds", "sampling", "scores"},
     "validate": {"contract", "errors", "head", "records"},
@@ -40,7 +40,8 @@ MAY_IMPORT = {
     },
     "progress": set(),
     "runners": {
-        "codespace", "contract", "errors", "feeds", "head", "load", "outputs", "plugins.library", "records", "require",
+        "codespace", "contract", "errors", "feeds", "head", "load", "manifest", "outputs", "plugins.library", "records",
+        "require",
     },
     "logit_errors": {"ranking", "records"},
     "choice_errors": {"feeds", "logit_errors", "ranking", "records"},
@@ -48,12 +49,14 @@ MAY_IMPORT = {
     "bench": {"records"},
     "workloads": {"bench", "feeds", "graph", "head", "head_output", "runners"},
     "bundle": {"errors", "files", "records"},
+    "manifest": {"checkpoint", "contract", "errors", "files", "plugins.library", "records"},
     "wording": {"records"},
     "plots": {"records", "wording"},
     "report": {"plots", "records", "wording"},
     "doctor": {"errors", "plugins.library", "plugins.toolchain", "records"},
     "plugins.__init__": set(),
     "plugins.library": {"errors", "files"},
+    "plugins.host": {"errors", "plugins.library"},
     "plugins.toolchain": {"errors"},
     "plugins.headers": {"errors", "files"},
     "plugins.compiling": {"errors"},
@@ -73,34 +76,37 @@ MAY_IMPORT = {
     "profiles": {"errors", "records"},
     "trt": {"contract", "errors", "files", "outputs", "require"},
     "proof": {"contract", "errors", "outputs", "records", "trt"},
-    "engine_source": {"contract", "errors", "files", "forms", "graph", "outputs", "profiles"},
+    "graph_files": {"errors"},
+    "engine_source": {"contract", "errors", "files", "forms", "graph", "graph_files", "outputs", "profiles"},
     "engine": {
         "build_progress", "engine_source", "errors", "files", "plugins.library", "profiles", "proof", "records",
         "require", "trt",
     },
     "engines": {
-        "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
+        "engine", "engine_source", "errors", "files", "forms", "graph_files", "plugins.library", "progress", "records",
+        "trt",
     },
-    "plan": {"errors", "files", "plugins.library", "records", "trt"},
+    "plan": {"errors", "files", "manifest", "plugins.library", "records", "trt"},
     "trt_runner": {"errors", "feeds", "plan", "profiles", "records", "trt"},
     "engine_steps": {
         "bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner", "workloads",
     },
     "pipeline": {
         "bench", "bundle", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
-        "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
+        "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
-    "textmodel": {"checkpoint", "decoding", "errors", "feeds", "generate", "records", "runners", "validate"},
+    "textmodel": {"checkpoint", "decoding", "errors", "feeds", "files", "generate", "records", "runners", "validate"},
     "terminal": set(),
+    "cli_bundle": {"errors", "manifest", "terminal"},
     "cli_generate": {"decoding", "textmodel"},
     "cli_native": {
-        "bundle", "engine", "engines", "files", "graph", "load", "plugins.build", "plugins.library", "profiles",
+        "bundle", "engine", "engines", "files", "graph", "load", "manifest", "plugins.build", "plugins.library", "profiles",
         "records", "steps", "terminal", "wording",
     },
     "cli": {
-        "bundle", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load",
-        "pipeline", "report", "steps", "terminal", "tuning", "wording",
+        "bundle", "cli_bundle", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection",
+        "load", "manifest", "pipeline", "report", "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
         "bench", "compress", "embedding", "engine", "errors", "graph", "head", "load", "parity", "pipeline",
@@ -110,10 +116,16 @@ MAY_IMPORT = {
 FOLDERS = ("compress", "quality", "trim", "tuning")
 """Rooms of several files."""
 STANDARD_LIBRARY_ONLY = (
-    "contract", "errors", "files", "require", "records", "bundle", "doctor",
+    "contract", "errors", "files", "require", "records", "bundle", "doctor", "manifest",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
 )  # fmt: skip
-LIGHT = {"cli": {"click"}, "cli_generate": {"click"}, "cli_native": {"click"}, "terminal": {"rich"}}
+LIGHT = {
+    "cli": {"click"},
+    "cli_bundle": {"click"},
+    "cli_generate": {"click"},
+    "cli_native": {"click"},
+    "terminal": {"rich"},
+}
 """Modules that must load in an environment without torch, onnx and the runtimes."""
 
 

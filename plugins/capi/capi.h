@@ -9,16 +9,24 @@
 extern "C" {
 #endif
 
-// VQGatherScatter on the host, on the caller's thread.
+// A head's constants as the host's VQGatherScatter likes them, packed once for any number of calls.
 //
-// code_logits T [rows, M*K], codes int32 [V, M], bias float32 [V] or null, logits T [rows, V].
-// type: 0 float32, 1 float16, 2 bfloat16. isa: 0 portable, 1 NEON, 2 AVX2, 3 AVX-512, 4 AVX-512 VBMI, -1 the best of
-// this processor. parts: into how many parts the work is cut.
+// codes int32 [V, M], ids 0 to 65535, and bias float32 [V] or null are copied. isa: 0 portable, 1 NEON, 2 AVX2,
+// 3 AVX-512, 4 AVX-512 VBMI, -1 the best of this processor. Returns through `made` what the call below takes as `head`
+// and vq_free_gather_scatter_cpu takes back.
 //
 // Returns: null, or one sentence that says what was wrong, valid until the thread's next call.
-VQ_EXPORT const char* vq_gather_scatter_cpu(const void* code_logits, const int32_t* codes, const float* bias,
-                                            void* logits, int64_t rows, int64_t num_codebooks, int64_t num_codes,
-                                            int64_t vocab_size, int32_t type, int32_t isa, int64_t parts);
+VQ_EXPORT const char* vq_make_gather_scatter_cpu(const int32_t* codes, const float* bias, int64_t num_codebooks,
+                                                 int64_t vocab_size, int32_t isa, void** made);
+VQ_EXPORT void vq_free_gather_scatter_cpu(void* head);
+
+// VQGatherScatter on the host, on the caller's thread; any number of threads may share a head.
+//
+// code_logits T [rows, M*K], K above every code id; logits T [rows, V]. type: 0 float32, 1 float16, 2 bfloat16.
+//
+// Returns: as above.
+VQ_EXPORT const char* vq_gather_scatter_cpu(const void* head, const void* code_logits, void* logits, int64_t rows,
+                                            int64_t num_codes, int32_t type);
 
 // VQGatherScatter on the current CUDA device; all pointers are device pointers, codes are packed (vq/shape.h).
 //

@@ -1,8 +1,8 @@
 #include "capi/decode_cpu.h"
 
-#include <exception>
 #include <string>
 
+#include "capi/guarded.h"
 #include "cpu/sample.h"
 #include "cpu/top_k.h"
 #include "vq/shape.h"
@@ -18,18 +18,6 @@ std::string Check(const vq::GatherScatterShape& shape, const int32_t* codes, int
 
 vq::cpu::Isa Chosen(int32_t isa) { return isa < 0 ? vq::cpu::BestIsa() : static_cast<vq::cpu::Isa>(isa); }
 
-// The error of `work`, which returns one or throws; null for none.
-template <typename Work>
-const char* Guarded(const Work& work) {
-    thread_local std::string error;
-    try {
-        error = work();
-    } catch (const std::exception& failure) {
-        error = failure.what();
-    }
-    return error.empty() ? nullptr : error.c_str();
-}
-
 }  // namespace
 
 extern "C" {
@@ -37,7 +25,7 @@ extern "C" {
 const char* vq_top_k_cpu(const void* code_logits, const int32_t* codes, const float* bias, float* values, int64_t* ids,
                          float* logsumexp, int64_t rows, int64_t num_codebooks, int64_t num_codes, int64_t vocab_size,
                          int64_t k, int32_t type, int32_t isa, int64_t parts) {
-    return Guarded([&]() -> std::string {
+    return vq::Guarded([&]() -> std::string {
         if (auto error = Check({rows, num_codebooks, num_codes, vocab_size}, codes, type); !error.empty()) return error;
         if (k < 1 || k > vocab_size) {
             return "k is " + std::to_string(k) + ", expected 1 to " + std::to_string(vocab_size);
@@ -52,7 +40,7 @@ const char* vq_top_k_cpu(const void* code_logits, const int32_t* codes, const fl
 const char* vq_sample_cpu(const void* code_logits, const int32_t* codes, const float* bias, float temperature,
                           const float* uniform, int64_t* ids, float* logprob, int64_t rows, int64_t num_codebooks,
                           int64_t num_codes, int64_t vocab_size, int32_t type, int32_t isa, int64_t parts) {
-    return Guarded([&]() -> std::string {
+    return vq::Guarded([&]() -> std::string {
         if (auto error = Check({rows, num_codebooks, num_codes, vocab_size}, codes, type); !error.empty()) return error;
         if (auto error = vq::CheckTemperature(temperature); !error.empty()) return error;
         vq::cpu::Sample(codes, bias, vocab_size, num_codebooks, Chosen(isa))

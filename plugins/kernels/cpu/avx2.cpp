@@ -21,9 +21,9 @@ void OneRowOf(const float* tables, const Block& block, float* sums) {
     for (int64_t m = 0; m < block.num_codebooks; ++m) {
         const float* table = tables + m * block.num_codes;
         const float* start = m == 0 ? block.bias : sums;
-        const Id* codes = Codes<Id>(block, m);
         for (int64_t t = 0; t < kBlock; t += 8) {
-            __m256 sum = _mm256_i32gather_ps(table, Load8(codes + t), 4);
+            const Id* ids = Codes<Id>(block, t / kGroup * kGroup) + m * kGroup + t % kGroup;
+            __m256 sum = _mm256_i32gather_ps(table, Load8(ids), 4);
             if (start != nullptr) sum = _mm256_add_ps(sum, _mm256_loadu_ps(start + t));
             _mm256_storeu_ps(sums + t, sum);
         }

@@ -12,7 +12,6 @@ namespace vq::cpu {
 namespace {
 
 constexpr int64_t kTable = 256;                   // entries of a plane's table
-constexpr int64_t kAhead = 16384;                 // bytes of ids asked for ahead of time
 constexpr int64_t kGroups = kBlock / kGroup;      // vectors of ids a block
 constexpr int64_t kSums = 2 * kGroups;            // vectors of 16-bit sums a plane: even and odd tokens of each group
 constexpr float kLargest = 16777215.0f - 255.0f;  // of three planes; a little less than 2^24 leaves room for rounding
@@ -143,15 +142,16 @@ void SumPlane(const uint8_t* plane, const Block& block, const int16_t* which, in
     __m512i words[kGroups], odds[kGroups];
     for (int64_t g = 0; g < kGroups; ++g) words[g] = odds[g] = _mm512_setzero_si512();
     const auto* ids = static_cast<const uint8_t*>(block.codes);
+    const int64_t stride = block.num_codebooks * kGroup;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t m = which == nullptr ? i : which[i];
         const Table table(plane + m * kTable);
-        const uint8_t* codes = ids + m * kBlock;
+        const uint8_t* codes = ids + m * kGroup;
 #pragma GCC unroll 8
-        for (int64_t g = 0; g < kGroups; ++g) {
-            // The next codebooks' ids come from far away, and hardware prefetching starts anew at every page.
-            _mm_prefetch(reinterpret_cast<const char*>(codes + g * kGroup + kAhead), _MM_HINT_T0);
-            const __m512i found = table.LookUp(_mm512_loadu_si512(codes + g * kGroup));
+        for (int64_t g = 0; g < kGroups; ++g, codes += stride) {
+            // The next block's ids come from far away, and hardware prefetching starts anew at every page.
+            _mm_prefetch(reinterpret_cast<const char*>(codes + kGroups * stride), _MM_HINT_T1);
+            const __m512i found = table.LookUp(_mm512_loadu_si512(codes));
             words[g] = _mm512_add_epi16(words[g], found);
             odds[g] = _mm512_add_epi16(odds[g], _mm512_srli_epi16(found, 8));
         }
@@ -239,7 +239,7 @@ void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const
         const Table table(plane + m * kTable);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kRefined; ++i) {
-            const __m512i found = table.LookUp(_mm512_loadu_si512(codes[i] + m * kBlock));
+            const __m512i found = table.LookUp(_mm512_loadu_si512(codes[i] + m * kGroup));
             words[i] = _mm512_add_epi16(words[i], found);
             odds[i] = _mm512_add_epi16(odds[i], _mm512_srli_epi16(found, 8));
         }
@@ -275,13 +275,17 @@ __m512 Exponential(__m512 x, __m512 peak) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-void Weigh(const float* x, int64_t groups, float peak, float* masses) {
+void Weigh(const float* x, int64_t groups, float peak, float* masses, float* squares) {
     const __m512 top = _mm512_set1_ps(peak);
     for (int64_t g = 0; g < groups; ++g) {
-        __m512 parts[kGroup / 16];
-        for (int64_t i = 0; i < kGroup / 16; ++i) parts[i] = Exponential(_mm512_loadu_ps(x + g * kGroup + 16 * i), top);
-        masses[g] =
-            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3])));
+        __m512 mass = _mm512_setzero_ps(), square = _mm512_setzero_ps();
+        for (int64_t i = 0; i < kGroup; i += 16) {
+            const __m512 part = Exponential(_mm512_loadu_ps(x + g * kGroup + i), top);
+            mass = _mm512_add_ps(mass, part);
+            square = _mm512_fmadd_ps(part, part, square);
+        }
+        masses[g] = _mm512_reduce_add_ps(mass);
+        squares[g] = _mm512_reduce_add_ps(square);
     }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 
@@ -11,13 +12,32 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Below this, passing over all tokens in full is as quick.
 constexpr int64_t kMinVocabulary = 4096;
-// A group with this share of the normaliser is refined; where that leaves too much out, those with a quarter of it, ...
-constexpr double kShare = 1.0 / 2048.0;
+// Of the normaliser: what four standard deviations of that which is left out may come to.
 constexpr double kTolerance = 1.0 / 4096.0;
 // A token with this share is summed in full: of a few of them, the byte that refining leaves out would still show.
 constexpr double kMost = 1.0 / 256.0;
 constexpr int64_t kPartsOfASum = 4;
-constexpr size_t kTokensAhead = 2;
+
+// A bound such that all numbers below it come to `sum` at most: of numbers of the same half octave, all or none.
+float LargestBound(const std::vector<float>& numbers, float sum) {
+    constexpr int kShift = 22;  // a sign, the exponent, one bit more
+    float sums[1 << (32 - kShift)] = {};
+    for (const float number : numbers) {
+        uint32_t bits;
+        std::memcpy(&bits, &number, sizeof bits);
+        sums[bits >> kShift] += number;
+    }
+    float below = 0.0f;
+    for (uint32_t i = 0; i < std::size(sums); ++i) {
+        below += sums[i];
+        if (below <= sum) continue;
+        const uint32_t bits = i << kShift;
+        float bound;
+        std::memcpy(&bound, &bits, sizeof bound);
+        return bound;
+    }
+    return kInfinity;
+}
 
 }  // namespace
 
@@ -28,7 +48,7 @@ bool FastScan::Serves(const PackedCodes& codes, const Kernels& kernels, int64_t 
 }
 
 FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t k,
-                   const ParallelFor& parallel, int64_t threads)
+                   const ParallelFor& parallel, int64_t threads, Scratch& scratch)
     : codes_(codes),
       kernels_(kernels),
       num_codes_(num_codes),
@@ -36,32 +56,33 @@ FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num
       parallel_(parallel),
       threads_(threads),
       groups_(codes.blocks * (kBlock / kGroup)),
-      planes_(static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * 256)),
-      sums_(new float[static_cast<size_t>(codes.blocks * kBlock)]),
-      peaks_(static_cast<size_t>(groups_)),
-      masses_(static_cast<size_t>(groups_)),
-      tops_(static_cast<size_t>(groups_)),
-      refined_(static_cast<size_t>(groups_)) {
-    fixed_.planes = planes_.data();
+      s_(scratch) {
+    const auto groups = static_cast<size_t>(groups_);
+    s_.planes.resize(static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * 256));
+    s_.sums.resize(static_cast<size_t>(codes.blocks * kBlock));
+    s_.peaks.resize(groups);
+    s_.masses.resize(groups);
+    s_.squares.resize(groups);
+    s_.refined.resize(groups);
+    fixed_.planes = s_.planes.data();
 }
 
 bool FastScan::Row(const float* scores, float* values, int64_t* ids, float* logsumexp) {
     const int64_t m = codes_.num_codebooks;
     if (!kernels_.to_fixed_point(scores, m, num_codes_, &fixed_)) return false;
     ScanAll();
-    peak_ = *std::max_element(peaks_.begin(), peaks_.end());
+    peak_ = *std::max_element(s_.peaks.begin(), s_.peaks.end());
     if (!(std::abs(peak_) < kInfinity)) return false;
     // The roundings of float32, of which there are fewer than eight.
     const float rounding = 0x1p-21f * (std::abs(fixed_.offset) + std::abs(peak_) + fixed_.step * static_cast<float>(m));
     error_ = fixed_.error + rounding;
     fine_error_ = 256.0f * fixed_.unit * static_cast<float>(m) + rounding;
-    Weigh();
     RefineWhatWeighs();
     SumWhatWeighsMost(scores);
     Candidates best(k_);
     PickBest(scores, best);
     best.Finish(values, ids);
-    *logsumexp = static_cast<float>(static_cast<double>(peak_) + std::log(total_));
+    *logsumexp = static_cast<float>(static_cast<double>(peak_) + std::log(Total()));
     return true;
 }
 
@@ -69,139 +90,134 @@ void FastScan::ScanAll() {
     const int64_t parts = PartsFor(codes_.blocks, codes_.blocks * kBlock * codes_.num_codebooks, threads_);
     ForParts(codes_.blocks, parts, parallel_, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t b = begin; b < end; ++b) {
-            float* sums = sums_.get() + b * kBlock;
+            float* sums = Sums(b * (kBlock / kGroup));
             kernels_.scan(fixed_, codes_.At(b, num_codes_), sums);
             const int64_t count = std::min(kBlock, codes_.vocab_size - b * kBlock);
             std::fill(sums + count, sums + kBlock, -kInfinity);
             for (int64_t t = 0; t < kBlock; t += kGroup) {
-                peaks_[static_cast<size_t>((b * kBlock + t) / kGroup)] = kernels_.decode.largest(sums + t, kGroup);
+                s_.peaks[static_cast<size_t>((b * kBlock + t) / kGroup)] = kernels_.decode.largest(sums + t, kGroup);
             }
         }
     });
-    std::fill(refined_.begin(), refined_.end(), uint8_t{0});
-}
-
-void FastScan::Weigh() {
-    kernels_.weigh(sums_.get(), groups_, peak_, masses_.data());
-    tops_ = peaks_;
-    kernels_.decode.exponentials(tops_.data(), groups_, peak_, 1.0f);
+    std::fill(s_.refined.begin(), s_.refined.end(), uint8_t{0});
 }
 
 void FastScan::RefineWhatWeighs() {
-    total_ = 0.0;
-    for (const float mass : masses_) total_ += static_cast<double>(mass);
-    std::vector<int64_t> heavy;
-    for (double share = kShare;; share *= 0.25) {
-        heavy.clear();
-        double left = 0.0;  // the sum of squares of what is not refined, from above
-        for (int64_t g = 0; g < groups_; ++g) {
-            const auto i = static_cast<size_t>(g);
-            if (refined_[i]) continue;
-            if (masses_[i] > share * total_) {
-                heavy.push_back(g);
-            } else {
-                left += static_cast<double>(masses_[i]) * static_cast<double>(tops_[i]);
-            }
-        }
-        Refine(heavy);
-        if (4.0 * static_cast<double>(fixed_.deviation) * std::sqrt(left) <= kTolerance * total_) break;
+    kernels_.weigh(s_.sums.data(), groups_, peak_, s_.masses.data(), s_.squares.data());
+    // A token's error is its own, more or less, so that squares add up.
+    const double deviation = kTolerance * Total() / (4.0 * static_cast<double>(fixed_.deviation));
+    const float bound = LargestBound(s_.squares, static_cast<float>(deviation * deviation));
+    s_.heavy.clear();
+    for (int64_t g = 0; g < groups_; ++g) {
+        if (s_.squares[static_cast<size_t>(g)] >= bound) s_.heavy.push_back(g);
     }
+    Refine(s_.heavy);
 }
 
 void FastScan::SumWhatWeighsMost(const float* scores) {
-    const float least = peak_ + static_cast<float>(std::log(kMost * total_));
+    const float least = peak_ + static_cast<float>(std::log(kMost * Total()));
     int32_t picks[kGroup];
     for (int64_t g = 0; g < groups_; ++g) {
-        const auto i = static_cast<size_t>(g);
-        if (peaks_[i] < least) continue;
+        if (s_.peaks[static_cast<size_t>(g)] < least) continue;
         const int64_t found = kernels_.decode.select(Sums(g), kGroup, least, picks);
         for (int64_t t = 0; t < found; ++t) Sums(g)[picks[t]] = Exact(scores, g * kGroup + picks[t]);
-        kernels_.weigh(Sums(g), 1, peak_, &masses_[i]);
-        peaks_[i] = kernels_.decode.largest(Sums(g), kGroup);
+        Judge(g);
     }
-    total_ = 0.0;
-    for (const float mass : masses_) total_ += static_cast<double>(mass);
 }
 
 void FastScan::Refine(const std::vector<int64_t>& groups) {
     const auto count = static_cast<int64_t>(groups.size());
     const int64_t tiles = (count + kRefined - 1) / kRefined;
-    const int64_t lookups = count * kGroup * codes_.num_codebooks;
     if (tiles == 0) return;
-    ForParts(tiles, PartsFor(tiles, lookups, threads_), parallel_, [&](int64_t begin, int64_t end, int64_t) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-            for (int64_t at = (tile + 1) * kRefined; at < std::min(count, (tile + 2) * kRefined); ++at) {
-                Prefetch(groups[static_cast<size_t>(at)] * kGroup);
-            }
+    const int64_t parts = PartsFor(tiles, count * kGroup * codes_.num_codebooks, threads_);
+    ForParts(tiles, parts, parallel_, [&](int64_t begin, int64_t end, int64_t) {
+        for (int64_t first = begin * kRefined; first < std::min(count, end * kRefined); first += kRefined) {
             const uint8_t* ids[kRefined];
             float* sums[kRefined];
             float nobody[kGroup] = {};
             for (int64_t i = 0; i < kRefined; ++i) {
-                const int64_t at = tile * kRefined + i;
-                const int64_t group = groups[static_cast<size_t>(std::min(at, count - 1))];
-                ids[i] = Ids(group * kGroup);
-                sums[i] = at < count ? Sums(group) : nobody;
+                const int64_t group = groups[static_cast<size_t>(std::min(first + i, count - 1))];
+                ids[i] = Ids(group);
+                sums[i] = first + i < count ? Sums(group) : nobody;
             }
             kernels_.refine(fixed_, codes_.num_codebooks, ids, sums);
-            for (int64_t at = tile * kRefined; at < std::min(count, (tile + 1) * kRefined); ++at) {
-                const int64_t group = groups[static_cast<size_t>(at)];
-                const auto i = static_cast<size_t>(group);
-                refined_[i] = 1;
-                peaks_[i] = kernels_.decode.largest(Sums(group), kGroup);
-                kernels_.weigh(Sums(group), 1, peak_, &masses_[i]);
+            for (int64_t i = first; i < std::min(count, first + kRefined); ++i) {
+                const int64_t group = groups[static_cast<size_t>(i)];
+                s_.refined[static_cast<size_t>(group)] = 1;
+                Judge(group);
             }
         }
     });
 }
 
 void FastScan::PickBest(const float* scores, Candidates& best) {
+    s_.lows.resize(static_cast<size_t>(groups_));
+    for (int64_t g = 0; g < groups_; ++g) {
+        s_.lows[static_cast<size_t>(g)] = s_.peaks[static_cast<size_t>(g)] - Error(g);
+    }
     // k groups have a token of that much each, so the k-th best token has it too.
-    const float sure = groups_ < k_ ? -kInfinity : KthPeak(k_);
+    const float sure = KthLow();
     int32_t picks[kGroup];
-    tokens_.clear();
+    s_.tokens.clear();
+    s_.lows.clear();
     for (int64_t g = 0; g < groups_; ++g) {
         const float least = sure - Error(g);
-        if (peaks_[static_cast<size_t>(g)] < least) continue;
+        if (s_.peaks[static_cast<size_t>(g)] < least) continue;
         const int64_t found = kernels_.decode.select(Sums(g), kGroup, least, picks);
-        for (int64_t i = 0; i < found; ++i) tokens_.push_back(g * kGroup + picks[i]);
+        for (int64_t i = 0; i < found; ++i) {
+            const int64_t token = g * kGroup + picks[i];
+            if (token >= codes_.vocab_size) break;
+            s_.tokens.push_back(token);
+            s_.lows.push_back(s_.sums[static_cast<size_t>(token)] - Error(g));
+        }
     }
-    while (!tokens_.empty() && tokens_.back() >= codes_.vocab_size) tokens_.pop_back();
-    for (size_t i = 0; i < tokens_.size(); ++i) {
-        if (i + kTokensAhead < tokens_.size()) Prefetch(tokens_[i + kTokensAhead]);
-        const int64_t token = tokens_[i];
-        if (sums_[static_cast<size_t>(token)] + Error(token / kGroup) < best.Reach()) continue;
+    const float surer = KthLow();
+    for (const int64_t token : s_.tokens) {
+        if (s_.sums[static_cast<size_t>(token)] + Error(token / kGroup) < surer) continue;
         const float value = Exact(scores, token);
         if (value >= best.Reach()) best.Offer(value, token);
     }
 }
 
-float FastScan::KthPeak(int64_t k) {
-    sorted_.resize(peaks_.size());
-    for (size_t g = 0; g < peaks_.size(); ++g) sorted_[g] = peaks_[g] - Error(static_cast<int64_t>(g));
-    std::nth_element(sorted_.begin(), sorted_.begin() + (k - 1), sorted_.end(), std::greater<>());
-    return sorted_[static_cast<size_t>(k - 1)];
+// Peak, mass and squares of a group whose sums have changed.
+void FastScan::Judge(int64_t group) {
+    const auto i = static_cast<size_t>(group);
+    s_.peaks[i] = kernels_.decode.largest(Sums(group), kGroup);
+    kernels_.weigh(Sums(group), 1, peak_, &s_.masses[i], &s_.squares[i]);
+}
+
+// Of exp(x - peak) over all tokens. An error of that deviation raises the mean of its exponential by half its square.
+double FastScan::Total() const {
+    const double deviation = static_cast<double>(fixed_.deviation);
+    double refined = 0.0, others = 0.0;
+    for (size_t g = 0; g < s_.masses.size(); ++g) {
+        (s_.refined[g] != 0 ? refined : others) += static_cast<double>(s_.masses[g]);
+    }
+    return refined + others * (1.0 + 0.5 * deviation * deviation);
+}
+
+// The k-th largest of `lows`, whose order is lost; -infinity where there are fewer.
+float FastScan::KthLow() {
+    if (static_cast<int64_t>(s_.lows.size()) < k_) return -kInfinity;
+    const auto kth = s_.lows.begin() + (k_ - 1);
+    std::nth_element(s_.lows.begin(), kth, s_.lows.end(), std::greater<>());
+    return *kth;
 }
 
 float FastScan::Exact(const float* scores, int64_t token) const {
-    const uint8_t* ids = Ids(token);
+    const uint8_t* ids = Ids(token / kGroup) + token % kGroup;
     // Several sums at once: one alone would wait for every addition.
     float sums[kPartsOfASum] = {codes_.bias.empty() ? 0.0f : codes_.bias[static_cast<size_t>(token)]};
     int64_t m = 0;
     for (; m + kPartsOfASum <= codes_.num_codebooks; m += kPartsOfASum) {
-        for (int64_t i = 0; i < kPartsOfASum; ++i) sums[i] += scores[(m + i) * num_codes_ + ids[(m + i) * kBlock]];
+        for (int64_t i = 0; i < kPartsOfASum; ++i) sums[i] += scores[(m + i) * num_codes_ + ids[(m + i) * kGroup]];
     }
-    for (; m < codes_.num_codebooks; ++m) sums[0] += scores[m * num_codes_ + ids[m * kBlock]];
+    for (; m < codes_.num_codebooks; ++m) sums[0] += scores[m * num_codes_ + ids[m * kGroup]];
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// A token's ids lie a block apart each, and the scan has pushed most of them out of the nearer caches.
-void FastScan::Prefetch(int64_t token) const {
-    const uint8_t* ids = Ids(token);
-    for (int64_t m = 0; m < codes_.num_codebooks; ++m) __builtin_prefetch(ids + m * kBlock);
-}
-
-const uint8_t* FastScan::Ids(int64_t token) const {
-    return static_cast<const uint8_t*>(codes_.At(token / kBlock, num_codes_).codes) + token % kBlock;
+const uint8_t* FastScan::Ids(int64_t group) const {
+    return codes_.codes.data() + group * codes_.num_codebooks * kGroup;
 }
 
 }  // namespace vq::cpu

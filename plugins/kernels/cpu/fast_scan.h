@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "cpu/candidates.h"
@@ -21,9 +20,21 @@ public:
     // Whether there is such a path for this head.
     static bool Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes);
 
-    // One call's scratch: 4 bytes a token, which stay in the second cache. All must outlive this.
+    // What a call needs, some 4 bytes a token, which stay in the second cache. Calls hand it on to each other: fresh
+    // memory would cost a page fault every 4 KiB.
+    struct Scratch {
+        Bytes planes;
+        std::vector<float> sums;                    // [blocks * kBlock], -infinity behind the last token
+        std::vector<float> peaks, masses, squares;  // [groups]: largest sum x; sums of exp(x - peak) and of its square
+        std::vector<uint8_t> refined;               // [groups]
+        std::vector<int64_t> heavy;                 // groups to refine
+        std::vector<int64_t> tokens;                // those that may be among the k best
+        std::vector<float> lows;                    // what groups or tokens have at least
+    };
+
+    // All must outlive this.
     FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t k,
-             const ParallelFor& parallel, int64_t threads);
+             const ParallelFor& parallel, int64_t threads, Scratch& scratch);
 
     // scores float32 [M*K] -> values [k] and ids [k] as TopK::Run orders them, and the logsumexp of all V. False, and
     // nothing done, for a row that fixed point cannot hold.
@@ -31,33 +42,27 @@ public:
 
 private:
     void ScanAll();
-    void Weigh();
     void RefineWhatWeighs();
     void SumWhatWeighsMost(const float* scores);
     void Refine(const std::vector<int64_t>& groups);
     void PickBest(const float* scores, Candidates& best);
-    float KthPeak(int64_t k);
+    void Judge(int64_t group);
+    double Total() const;
+    float KthLow();
     float Exact(const float* scores, int64_t token) const;
-    void Prefetch(int64_t token) const;
     // How far the sums of a group are off at most.
-    float Error(int64_t group) const { return refined_[static_cast<size_t>(group)] ? fine_error_ : error_; }
-    const uint8_t* Ids(int64_t token) const;  // of the first codebook
-    float* Sums(int64_t group) { return sums_.get() + group * kGroup; }
+    float Error(int64_t group) const { return s_.refined[static_cast<size_t>(group)] != 0 ? fine_error_ : error_; }
+    const uint8_t* Ids(int64_t group) const;  // [M, kGroup]
+    float* Sums(int64_t group) { return s_.sums.data() + group * kGroup; }
 
     const PackedCodes& codes_;
     const Kernels& kernels_;
     int64_t num_codes_, k_;
     const ParallelFor& parallel_;
     int64_t threads_, groups_;
-    Bytes planes_;
-    std::unique_ptr<float[]> sums_;  // [blocks * kBlock], -infinity behind the last token
-    std::vector<int64_t> tokens_;    // those that may be among the k best
-    std::vector<float> peaks_, masses_, tops_,
-        sorted_;                    // [groups]: largest sum, sum of exp(x - peak_), its largest term
-    std::vector<uint8_t> refined_;  // [groups]
+    Scratch& s_;
     FixedPoint fixed_;
     float error_ = 0.0f, fine_error_ = 0.0f, peak_ = 0.0f;
-    double total_ = 0.0;
 };
 
 }  // namespace vq::cpu

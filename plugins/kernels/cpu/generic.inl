@@ -3,9 +3,10 @@
 
 using Float8 = float __attribute__((vector_size(32), aligned(4)));  // lowered to what the instruction set has
 
+// Ids [M, kGroup] of the group that token t begins.
 template <typename Id>
-const Id* Codes(const Block& block, int64_t m) {
-    return static_cast<const Id*>(block.codes) + m * kBlock;
+const Id* Codes(const Block& block, int64_t t) {
+    return static_cast<const Id*>(block.codes) + t * block.num_codebooks;
 }
 
 // Four codebooks at a time: each pass over the sums costs a load and a store a token.
@@ -16,15 +17,20 @@ void OneRowByLoads(const float* tables, const Block& block, float* sums) {
     int64_t m = 0;
     for (; m + 4 <= block.num_codebooks; m += 4) {
         const float* table = tables + m * k;
-        const Id *c0 = Codes<Id>(block, m), *c1 = c0 + kBlock, *c2 = c1 + kBlock, *c3 = c2 + kBlock;
-        for (int64_t t = 0; t < kBlock; ++t) {
-            sums[t] += (table[c0[t]] + table[k + c1[t]]) + (table[2 * k + c2[t]] + table[3 * k + c3[t]]);
+        for (int64_t t = 0; t < kBlock; t += kGroup) {
+            const Id* ids = Codes<Id>(block, t) + m * kGroup;
+            for (int64_t i = 0; i < kGroup; ++i) {
+                sums[t + i] += (table[ids[i]] + table[k + ids[kGroup + i]]) +
+                               (table[2 * k + ids[2 * kGroup + i]] + table[3 * k + ids[3 * kGroup + i]]);
+            }
         }
     }
     for (; m < block.num_codebooks; ++m) {
         const float* table = tables + m * k;
-        const Id* codes = Codes<Id>(block, m);
-        for (int64_t t = 0; t < kBlock; ++t) sums[t] += table[codes[t]];
+        for (int64_t t = 0; t < kBlock; t += kGroup) {
+            const Id* ids = Codes<Id>(block, t) + m * kGroup;
+            for (int64_t i = 0; i < kGroup; ++i) sums[t + i] += table[ids[i]];
+        }
     }
 }
 
@@ -42,12 +48,16 @@ void EightRowsOf(const float* tables, const Block& block, float* sums) {
     int64_t m = 0;
     for (; m + 2 <= block.num_codebooks; m += 2) {
         const Float8 *table0 = entries + m * k, *table1 = table0 + k;
-        const Id *codes0 = Codes<Id>(block, m), *codes1 = codes0 + kBlock;
-        for (int64_t t = 0; t < kBlock; ++t) rows[t] += table0[codes0[t]] + table1[codes1[t]];
+        for (int64_t t = 0; t < kBlock; t += kGroup) {
+            const Id* ids = Codes<Id>(block, t) + m * kGroup;
+            for (int64_t i = 0; i < kGroup; ++i) rows[t + i] += table0[ids[i]] + table1[ids[kGroup + i]];
+        }
     }
     if (m < block.num_codebooks) {
-        const Id* codes = Codes<Id>(block, m);
-        for (int64_t t = 0; t < kBlock; ++t) rows[t] += entries[m * k + codes[t]];
+        for (int64_t t = 0; t < kBlock; t += kGroup) {
+            const Id* ids = Codes<Id>(block, t) + m * kGroup;
+            for (int64_t i = 0; i < kGroup; ++i) rows[t + i] += entries[m * k + ids[i]];
+        }
     }
     for (int64_t t = 0; t < kBlock; ++t) {
         for (int64_t r = 0; r < kRows; ++r) sums[r * kBlock + t] = rows[t][r];

@@ -15,9 +15,12 @@ inline constexpr int64_t kBlock = 512;
 // Rows taken together where it pays: one look-up then serves eight rows.
 inline constexpr int64_t kRows = 8;
 
+// Tokens whose ids lie together, codebook by codebook: as many as one vector of 8-bit ids holds.
+inline constexpr int64_t kGroup = 64;
+
 // The constants of kBlock tokens, padded with code 0 behind the last.
 struct Block {
-    const void* codes;  // uint8 or uint16 [M, kBlock]
+    const void* codes;  // uint8 or uint16 [kBlock / kGroup, M, kGroup]
     const float* bias;  // [kBlock], or null
     int64_t num_codebooks;
     int64_t num_codes;
@@ -44,9 +47,6 @@ struct FixedPoint {
     // upper one, the standard deviation of both, and how far from their mean they are at most.
     float rest, upper_rest, deviation, error;
 };
-
-// Tokens of one vector of 8-bit ids.
-inline constexpr int64_t kGroup = 64;
 
 // Groups refined at once: they share the reading of the tables.
 inline constexpr int64_t kRefined = 4;
@@ -90,12 +90,13 @@ struct Kernels {
     // The same from the upper planes alone and the mean of the others, in a third of the time: off by fixed.error and
     // the roundings of float32 at most.
     void (*scan)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
-    // Makes the sums of Scan of kRefined groups 256 times as exact. codes: each group's ids of the first codebook, in
-    // its block; sums: each group's [kGroup]. A group may stand there twice with the sums of another.
+    // Makes the sums of Scan of kRefined groups 256 times as exact. codes: each group's [M, kGroup]; sums: each
+    // group's [kGroup]. A group may stand there twice with the sums of another.
     void (*refine)(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes,
                    float* const* sums) = nullptr;
-    // masses [groups]: the sum of exp(x - peak) over x [kGroup] each, x - peak at most 1, off by 2^-16 of it at most.
-    void (*weigh)(const float* x, int64_t groups, float peak, float* masses) = nullptr;
+    // masses [groups]: the sum of exp(x - peak) over x [kGroup] each, x - peak at most 1, off by 2^-16 of it at most;
+    // squares [groups]: the sum of its squares.
+    void (*weigh)(const float* x, int64_t groups, float peak, float* masses, float* squares) = nullptr;
 };
 
 const Kernels& PortableKernels();

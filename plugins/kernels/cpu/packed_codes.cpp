@@ -13,7 +13,7 @@ PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_coun
       codes(static_cast<size_t>(blocks * BlockBytes()), 0) {
     for (int64_t v = 0; v < v_count; ++v) {
         for (int64_t m = 0; m < m_count; ++m) {
-            const int64_t at = ((v / kBlock) * m_count + m) * kBlock + v % kBlock;
+            const int64_t at = ((v / kGroup) * m_count + m) * kGroup + v % kGroup;
             const int32_t id = ids[v * m_count + m];
             if (code_bits == 8) {
                 codes[static_cast<size_t>(at)] = static_cast<uint8_t>(id);

@@ -30,7 +30,7 @@ struct PackedCodes {
     int64_t num_codebooks;
     int32_t code_bits;  // 8 or 16
     int64_t blocks;
-    Bytes codes;              // ids [blocks, M, kBlock] of code_bits
+    Bytes codes;              // ids [blocks * kBlock / kGroup, M, kGroup] of code_bits
     std::vector<float> bias;  // [blocks * kBlock], or empty
 
     // codes int32 [V, M] and bias float32 [V] or null are copied. Ids are trusted to be 0 to 65535 (CheckCodes).

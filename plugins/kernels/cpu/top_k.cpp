@@ -1,7 +1,10 @@
 #include "cpu/top_k.h"
 
 #include <algorithm>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/bucket_top_k.h"
@@ -16,6 +19,27 @@ namespace {
 // What a row costs with one codebook, in look-ups: a few passes over the codes in use, and the merge of k tokens.
 int64_t BucketLookups(int64_t buckets, int64_t k) { return 4 * buckets + 128 * k; }
 
+// Scratch for as many calls as run at a time.
+class Scratches {
+public:
+    std::unique_ptr<FastScan::Scratch> Take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (free_.empty()) return std::make_unique<FastScan::Scratch>();
+        auto scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;
+    }
+
+    void Give(std::unique_ptr<FastScan::Scratch> scratch) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        free_.push_back(std::move(scratch));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<FastScan::Scratch>> free_;
+};
+
 }  // namespace
 
 struct TopK::Packed {
@@ -23,10 +47,11 @@ struct TopK::Packed {
     std::optional<Buckets> buckets;    // one codebook ...
     std::vector<float> masses;         // [U]
     std::optional<PackedCodes> codes;  // ... or more
+    mutable Scratches scratches;
 };
 
 TopK::TopK(const int32_t* codes, const float* bias, int64_t vocab_size, int64_t num_codebooks, Isa isa)
-    : packed_(new Packed{&KernelsOf(isa), {}, {}, {}}) {
+    : packed_(new Packed{&KernelsOf(isa), {}, {}, {}, {}}) {
     if (num_codebooks == 1) {
         packed_->buckets.emplace(codes, bias, vocab_size, Buckets::Order::kByBias);
         packed_->masses = packed_->buckets->Masses(packed_->kernels->decode, 1.0f);
@@ -57,11 +82,13 @@ struct TopK::Job {
     }
 
     void InEightBits() const {
-        FastScan scan(*packed.codes, *packed.kernels, num_codes, k, parallel, threads);
+        auto scratch = packed.scratches.Take();
+        FastScan scan(*packed.codes, *packed.kernels, num_codes, k, parallel, threads, *scratch);
         for (int64_t r = 0; r < rows; ++r) {
             const float* row = scores + r * packed.codes->num_codebooks * num_codes;
             if (!scan.Row(row, values + r * k, ids + r * k, logsumexp + r)) OverAllTokens(r, 1);
         }
+        packed.scratches.Give(std::move(scratch));
     }
 
     void InCodeSpace() const {
