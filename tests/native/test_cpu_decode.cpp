@@ -476,6 +476,41 @@ void SpecialValues(Isa isa) {
     }
 }
 
+// Biases that are none, in heads of few tokens and of enough for a scan: tokens at -infinity weigh nothing, and come
+// after all others; one at infinity is the best; one that is no number shows in logsumexp.
+void SpecialBiases(Isa isa) {
+    for (const auto& [m, v_count] : {std::pair<int64_t, int64_t>{1, 1100}, {2, 1100}, {8, 1100}, {8, 4201}}) {
+        for (const int64_t k_count : {16, 100}) {
+            const auto at = [&](size_t v) { return v % 3 == 1; };
+            Problem masked({2, m, k_count, v_count}, true, Type::kFloat32, 5);
+            Problem low = masked;  // the same but for the masked tokens, which have no chance in float32
+            for (size_t v = 0; v < masked.bias.size(); ++v) {
+                if (at(v)) masked.bias[v] = -kInfinity, low.bias[v] = -1e4f;
+            }
+            const Found found(masked, isa, 256, 2), expected(low, isa, 256, 2);
+            CHECK(found.ids == expected.ids && found.values == expected.values, << masked.Name(isa));
+            CheckLogSumExp(masked, isa, found, {expected.logsumexp.begin(), expected.logsumexp.end() - 1});
+
+            for (size_t v = 0; v < masked.bias.size(); ++v) masked.bias[v] = v < 10 ? 0.0f : -kInfinity;
+            const Found ten(masked, isa, 256, 2);
+            for (int64_t i = 0; i < 256; ++i) {
+                CHECK((ten.ids[static_cast<size_t>(i)] < 10) == (i < 10) &&
+                          (ten.values[static_cast<size_t>(i)] == -kInfinity) == (i >= 10),
+                      << masked.Name(isa) << " place " << i << ": token " << ten.ids[static_cast<size_t>(i)]);
+            }
+
+            masked.bias[7] = kInfinity;
+            const Found infinite(masked, isa, 256, 2);
+            CHECK(infinite.ids[0] == 7 && infinite.logsumexp[0] == kInfinity, << masked.Name(isa));
+
+            masked.bias[7] = kNan;
+            const Found nan(masked, isa, 9, 2);
+            CHECK(std::find(nan.ids.begin(), nan.ids.end(), 7) == nan.ids.end() && std::isnan(nan.logsumexp[1]),
+                  << masked.Name(isa) << ": logsumexp " << nan.logsumexp[1]);
+        }
+    }
+}
+
 // NaN tokens come after all others, by id.
 void NanComesLast(Isa isa) {
     for (const int64_t m : {1, 2}) {
@@ -566,6 +601,7 @@ int main() {
         DeadTokens(isa);
         Temperatures(isa);
         SpecialValues(isa);
+        SpecialBiases(isa);
         NanComesLast(isa);
     }
     KeysKeepTheOrder();

@@ -26,7 +26,7 @@ constexpr size_t kTokensAhead = 2;
 bool FastScan::Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t rows) {
     return num_codes <= (rows < kMinRowsTogether ? kernels.max_scan_codes : kernels.max_scan_codes_of_many) &&
            codes.code_bits == 8 && codes.num_codebooks >= kMinFixedCodebooks &&
-           codes.num_codebooks <= kMaxFixedCodebooks && codes.vocab_size >= kMinVocabulary;
+           codes.num_codebooks <= kMaxFixedCodebooks && codes.vocab_size >= kMinVocabulary && codes.numbers;
 }
 
 FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t k,

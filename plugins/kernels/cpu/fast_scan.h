@@ -18,7 +18,8 @@ namespace vq::cpu {
 
 class FastScan {
 public:
-    // Whether there is such a path for this head, and so many rows are not quicker summed in full together.
+    // Whether there is such a path for this head (none where biases are NaN, which would have to show in logsumexp),
+    // and so many rows are not quicker summed in full together.
     static bool Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t rows);
 
     // One call's scratch: 4 bytes a token, which stay in the second cache. All must outlive this.
