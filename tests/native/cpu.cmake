@@ -4,6 +4,9 @@ add_test(NAME cpu_kernels COMMAND test_cpu_kernels)
 add_executable(test_cpu_decode test_cpu_decode.cpp)
 target_link_libraries(test_cpu_decode PRIVATE vq_cpu Threads::Threads)
 add_test(NAME cpu_decode COMMAND test_cpu_decode)
+add_executable(test_cpu_fixed_point test_cpu_fixed_point.cpp)
+target_link_libraries(test_cpu_fixed_point PRIVATE vq_cpu Threads::Threads)
+add_test(NAME cpu_fixed_point COMMAND test_cpu_fixed_point)
 
 # The ONNX Runtime adapter runs inside ONNX Runtime: its pytest files, on the library of this build. With sanitizers the
 # interpreter needs their runtime first; leaks are not looked for, as the interpreter leaves plenty.

@@ -10,7 +10,9 @@
 
 #include "check.h"
 #include "cpu/gather_scatter.h"
+#include "cpu/isa.h"
 #include "half.h"
+#include "instruction_sets.h"
 #include "vq/reference.h"
 
 namespace {
@@ -64,7 +66,7 @@ struct Problem {
         for (size_t i = 0; i < logits.size(); ++i) {
             const auto m = static_cast<double>(shape.num_codebooks);
             double sum = m * 0x1p-24 * weight[i];
-            if (isa == Isa::kAvx512Vbmi) {
+            if (shape.num_codes <= vq::cpu::KernelsOf(isa).max_fixed_codes) {
                 const auto [span, peak] = spans[i / static_cast<size_t>(shape.vocab_size)];
                 sum = std::max(sum, 0x1p-24 * (1.25 * m * span + 3.0 * (peak + weight[i])));
             }
@@ -101,18 +103,9 @@ struct Problem {
     }
 };
 
-std::vector<Isa> Available() {
-    std::vector<Isa> all{Isa::kPortable};
-    const Isa best = vq::cpu::BestIsa();
-    if (best >= Isa::kAvx512) all.push_back(Isa::kAvx2);
-    if (best == Isa::kAvx512Vbmi) all.push_back(Isa::kAvx512);
-    if (best != Isa::kPortable) all.push_back(best);
-    return all;
-}
-
 void Sweep() {
     uint32_t seed = 1;
-    for (const Isa isa : Available()) {
+    for (const Isa isa : InstructionSets()) {
         std::printf("  %s\n", vq::cpu::IsaName(isa));
         for (const int64_t m : {1, 2, 3, 8, 17}) {
             for (const int64_t k : {1, 13, 256, 257, 1024}) {
@@ -123,6 +116,16 @@ void Sweep() {
                         Problem(shape, seed % 2 == 0, type, seed).Run(isa, type, 1 + seed % 5);
                         ++seed;
                     }
+                }
+            }
+        }
+        // One to sixteen shuffles a look-up in fixed point, full and not.
+        for (const int64_t k : {3, 16, 17, 33, 64, 65, 100}) {
+            for (const int64_t m : {8, 21}) {
+                for (const int64_t rows : {1, 4}) {
+                    const auto type = static_cast<Type>(seed % 3);
+                    Problem({rows, m, k, 1531}, seed / 2 % 2 == 0, type, seed).Run(isa, type, 1 + seed % 5);
+                    ++seed;
                 }
             }
         }
@@ -140,7 +143,7 @@ void SpecialValues() {
     const float inf = std::numeric_limits<float>::infinity();
     const std::vector<int32_t> codes{0, 0, 1, 0, 2, 1, 0, 1};            // [V=4, M=2]
     const std::vector<float> scores{1.0f, -inf, inf, -inf, 0.5f, 0.0f};  // [M=2, K=3]
-    for (const Isa isa : Available()) {
+    for (const Isa isa : InstructionSets()) {
         std::vector<float> logits(4);
         GatherScatter(codes.data(), nullptr, 4, 2, isa)
             .Run(scores.data(), logits.data(), 1, 3, Type::kFloat32, vq::cpu::Serial, 1);
@@ -151,7 +154,7 @@ void SpecialValues() {
 
 // Rows that fixed point would spoil: one codebook far wider than the others, the widest floats, all scores equal, NaN.
 void FixedPointLimits() {
-    for (const Isa isa : Available()) {
+    for (const Isa isa : InstructionSets()) {
         Problem wide({2, 16, 200, 999}, false, Type::kFloat32, 21);
         for (size_t k = 0; k < 200; ++k) wide.scores[k] *= 1e5f;
         wide.Run(isa, Type::kFloat32, 1);
@@ -183,7 +186,7 @@ void EveryHalf() {
     for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);
     std::vector<int32_t> codes(65536);
     for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<int32_t>(i);
-    for (const Isa isa : Available()) {
+    for (const Isa isa : InstructionSets()) {
         for (const Type type : {Type::kFloat16, Type::kBFloat16}) {
             std::vector<uint16_t> out(65536);
             GatherScatter(codes.data(), nullptr, 65536, 1, isa)

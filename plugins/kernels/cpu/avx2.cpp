@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: gathers of eight.
 #include <immintrin.h>
 
+#include "cpu/avx2_scan.h"
 #include "cpu/isa.h"
 
 namespace vq::cpu {
@@ -56,10 +57,28 @@ void NarrowAvx2(const float* in, Type type, int64_t count, void* out) {
     for (; i < count; ++i) halves[i] = Float16FromFloat(in[i]);
 }
 
+// How far looking bytes up pays (isa.h). For 32 tokens and up to 16, 32, 64, 128, 256 codes a scan takes 4, 8, 13, 23,
+// 43 instructions, three at once, and one_row_fixed three times as many; gathering 32 floats takes 20 cycles where
+// gathers are quickest, and 32 and more elsewhere. Nanoseconds a look-up, a ninth of the codebooks wide (M=144, V=8192,
+// one core of a server of 2023, whose gathers are of the quickest):
+//
+//     K                       16     32     64    128    256
+//     one_row               0.25   0.26   0.27   0.27   0.28
+//     one_row_fixed         0.09   0.13   0.20   0.34   0.63
+//     scan                  0.03   0.05   0.07   0.12   0.23
+//     eight_rows, a row     0.06   0.06   0.06   0.06   0.09
+//
+// Refining a group costs as much as scanning it: there, and with 256 codes, a scan pays for rows that need a fifth of
+// their groups refined at most.
+constexpr int64_t kMaxFixedCodes = 64, kMaxScanCodes = 256, kMaxScanCodesOfMany = 64;
+
 }  // namespace
 
 const Kernels& Avx2Kernels() {
-    static constexpr Kernels kKernels{OneRow, EightRows, Interleave, WidenAvx2, NarrowAvx2, kDecode};
+    static constexpr Kernels kKernels{
+        OneRow,         EightRows,     Interleave,          WidenAvx2,           NarrowAvx2,        kDecode,
+        kMaxFixedCodes, kMaxScanCodes, kMaxScanCodesOfMany, avx2::ToDifferences, avx2::OneRowFixed, avx2::Scan,
+        avx2::Refine,   avx2::Weigh};
     return kKernels;
 }
 

@@ -85,9 +85,18 @@ void OneRow(const float* tables, const Block& block, float* sums) {
 
 }  // namespace
 
-// Whoever has AVX-512 has AVX2, and its conversions of halves serve here too.
+// Whoever has AVX-512 has AVX2, and its conversions of halves and its fixed point serve here too; but with 256 codes a
+// scan is no quicker than OneRow's permutes and gathers (0.21 ns a look-up).
 const Kernels& Avx512Kernels() {
-    static const Kernels kernels{OneRow, EightRows, Interleave, Avx2Kernels().widen, Avx2Kernels().narrow, kDecode};
+    static const Kernels kernels = [] {
+        Kernels all = Avx2Kernels();
+        all.one_row = OneRow;
+        all.eight_rows = EightRows;
+        all.interleave = Interleave;
+        all.decode = kDecode;
+        all.max_scan_codes = 128;
+        return all;
+    }();
     return kernels;
 }
 

@@ -1,9 +1,4 @@
 // AVX-512 VBMI (Ice Lake, Zen 4 and later): product heads in fixed point, 256 look-ups of a byte in a few instructions.
-//
-// A row's scores become integers of one unit, cut into planes of bytes. Sixty-four tokens are looked up at once, plane
-// by plane, and the sums are exact integers: M is at most 256, so that a plane's sum fits 16 bits. Most codebooks fit
-// three planes; the few whose scores span far more than the others' (after a rotation some always do) have a fourth
-// one, so that they do not coarsen the unit of all.
 #include <immintrin.h>
 
 #include "cpu/isa.h"
@@ -11,113 +6,12 @@
 namespace vq::cpu {
 namespace {
 
-constexpr int64_t kTable = 256;                   // entries of a plane's table
-constexpr int64_t kGroups = kBlock / kGroup;      // vectors of ids a block
-constexpr int64_t kSums = 2 * kGroups;            // vectors of 16-bit sums a plane: even and odd tokens of each group
-constexpr float kLargest = 16777215.0f - 255.0f;  // of three planes; a little less than 2^24 leaves room for rounding
-constexpr int64_t kWideShare = 6;                 // at most M / kWideShare codebooks have the fourth plane
-constexpr float kWidest = 250.0f;                 // how much wider than the unit's codebooks the fourth plane reaches
+#include "cpu/fixed_point.inl"
 
-struct Range {
-    float low, high;
-};
+constexpr int64_t kGroups = kBlock / kGroup;  // vectors of ids a block
+constexpr int64_t kSums = 2 * kGroups;        // vectors of 16-bit sums a plane: even and odd tokens of each group
 
-__mmask16 Inside(int64_t left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1); }
-
-Range RangeOf(const float* scores, int64_t count) {
-    __m512 low = _mm512_set1_ps(__builtin_inff()), high = _mm512_set1_ps(-__builtin_inff());
-    for (int64_t k = 0; k < count; k += 16) {
-        const __mmask16 inside = Inside(count - k);
-        const __m512 part = _mm512_maskz_loadu_ps(inside, scores + k);
-        // With the running value second, a NaN in the scores is passed on only once; so it is looked for.
-        if (_mm512_mask_cmp_ps_mask(inside, part, part, _CMP_UNORD_Q) != 0) return {0.0f, __builtin_inff()};
-        low = _mm512_mask_min_ps(low, inside, part, low);
-        high = _mm512_mask_max_ps(high, inside, part, high);
-    }
-    return {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
-}
-
-// The span that three planes cover: the smallest of a falling series that leaves few enough codebooks above it.
-float CoveredSpan(const float* spans, int64_t count) {
-    float widest = 0.0f;
-    for (int64_t m = 0; m < count; ++m) widest = spans[m] > widest ? spans[m] : widest;
-    float covered = widest;
-    for (float next = widest; next * kWidest > widest; next *= 0.875f) {
-        int64_t above = 0;
-        for (int64_t m = 0; m < count; ++m) above += spans[m] > next;
-        if (above > count / kWideShare) break;
-        covered = next;
-    }
-    return covered;
-}
-
-// What the lower bytes of a codebook's integers are, summed over its K codes.
-struct LowerBytes {
-    double both, upper, squares;  // of two bytes, of the upper one in units of 256, of two bytes squared
-};
-
-// scores [K] -> planes: round((score - low) / unit), byte by byte; plane p of a codebook stands p * stride further on.
-LowerBytes CutPlanes(const float* scores, int64_t count, float low, float per_unit, int64_t planes, int64_t stride,
-                     uint8_t* out) {
-    __m512 both = _mm512_setzero_ps(), upper = both, squares = both;
-    for (int64_t k = 0; k < count; k += 16) {
-        const __mmask16 inside = Inside(count - k);
-        const __m512 above =
-            _mm512_maskz_sub_ps(inside, _mm512_maskz_loadu_ps(inside, scores + k), _mm512_set1_ps(low));
-        __m512i whole = _mm512_cvtps_epu32(_mm512_mul_ps(above, _mm512_set1_ps(per_unit)));
-        const __m512 rest = _mm512_cvtepi32_ps(_mm512_and_si512(whole, _mm512_set1_epi32(0xffff)));
-        both = _mm512_add_ps(both, rest);
-        squares = _mm512_fmadd_ps(rest, rest, squares);
-        upper = _mm512_add_ps(
-            upper, _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(whole, 8), _mm512_set1_epi32(0xff))));
-        for (int64_t p = 0; p < planes; ++p) {
-            _mm512_mask_cvtepi32_storeu_epi8(out + p * stride + k, inside, whole);
-            whole = _mm512_srli_epi32(whole, 8);
-        }
-    }
-    return {_mm512_reduce_add_ps(both), _mm512_reduce_add_ps(upper), _mm512_reduce_add_ps(squares)};
-}
-
-bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) {
-    float lows[kMaxFixedCodebooks], spans[kMaxFixedCodebooks];
-    double lowest = 0.0, all = 0.0;
-    for (int64_t m = 0; m < num_codebooks; ++m) {
-        const Range range = RangeOf(tables + m * num_codes, num_codes);
-        lows[m] = range.low;
-        spans[m] = range.high - range.low;
-        if (!(spans[m] < __builtin_inff())) return false;
-        lowest += range.low;
-        all += spans[m];
-    }
-    const float covered = CoveredSpan(spans, num_codebooks);
-    // Without any span all integers are 0, whatever the unit.
-    const float per_unit = kLargest / (covered > 0.0f ? covered : 0x1p-40f);
-    if (!(per_unit < __builtin_inff())) return false;
-    fixed->num_wide = 0;
-    const int64_t stride = num_codebooks * kTable;
-    double rest = 0.0, upper = 0.0, variance = 0.0, error = 0.0;
-    for (int64_t m = 0; m < num_codebooks; ++m) {
-        const bool wide = spans[m] > covered;
-        const LowerBytes bytes = CutPlanes(tables + m * num_codes, num_codes, lows[m], per_unit, wide ? 4 : 3, stride,
-                                           fixed->planes + m * kTable);
-        if (wide) fixed->wide[fixed->num_wide++] = static_cast<int16_t>(m);
-        const double mean = bytes.both / static_cast<double>(num_codes);
-        rest += mean;
-        upper += 256.0 * bytes.upper / static_cast<double>(num_codes);
-        variance += bytes.squares / static_cast<double>(num_codes) - mean * mean;
-        error += mean > 32768.0 ? mean : 65536.0 - mean;
-    }
-    const double unit = 1.0 / static_cast<double>(per_unit), step = 65536.0 * unit;
-    fixed->unit = static_cast<float>(unit);
-    fixed->step = static_cast<float>(step);
-    fixed->middle = static_cast<int32_t>(0.5 * all / step);
-    fixed->offset = static_cast<float>(lowest + fixed->middle * step);
-    fixed->rest = static_cast<float>(rest * unit);
-    fixed->upper_rest = static_cast<float>(upper * unit);
-    fixed->deviation = static_cast<float>(__builtin_sqrt(variance > 0.0 ? variance : 0.0) * unit);
-    fixed->error = static_cast<float>(error * unit);
-    return true;
-}
+inline void Round(const Lanes& x, IntLanes& out) { _mm512_storeu_si512(&out, _mm512_cvtps_epu32(_mm512_loadu_ps(&x))); }
 
 struct Table {
     __m512i part[4];
@@ -259,19 +153,14 @@ void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const
     }
 }
 
-// exp(x - peak) for x - peak from -infinity to 1: 2^n 2^f, f at most a half, by six terms of its series, which leave
-// out less than 2^-18.
+// exp(x - peak) for x - peak from -infinity to 1: 2^n 2^f with n whole.
 __m512 Exponential(__m512 x, __m512 peak) {
     const __m512 log2e = _mm512_set1_ps(1.44269504f);
     const __m512 power = _mm512_max_ps(_mm512_mul_ps(_mm512_sub_ps(x, peak), log2e), _mm512_set1_ps(-1000.0f));
     const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(power, whole);
-    __m512 sum = _mm512_set1_ps(1.33335581e-3f);  // ln(2)^n / n!
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(9.61812911e-3f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(5.55041087e-2f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.40226507e-1f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(6.93147181e-1f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f));
+    __m512 sum = _mm512_set1_ps(kPowerOfTwo[5]);
+    for (int n = 4; n >= 0; --n) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(kPowerOfTwo[n]));
     return _mm512_scalef_ps(sum, whole);
 }
 
@@ -294,6 +183,7 @@ void Weigh(const float* x, int64_t groups, float peak, float* masses, float* squ
 const Kernels& Avx512VbmiKernels() {
     static const Kernels kernels = [] {
         Kernels all = Avx512Kernels();
+        all.max_fixed_codes = all.max_scan_codes = all.max_scan_codes_of_many = kTable;
         all.to_fixed_point = ToFixedPoint;
         all.one_row_fixed = OneRowFixed;
         all.scan = Scan;

@@ -6,6 +6,8 @@
 #include <functional>
 #include <limits>
 
+#include "cpu/row_tables.h"
+
 namespace vq::cpu {
 namespace {
 
@@ -41,10 +43,10 @@ float LargestBound(const std::vector<float>& numbers, float sum) {
 
 }  // namespace
 
-bool FastScan::Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes) {
-    return kernels.scan != nullptr && codes.code_bits == 8 && num_codes <= 256 &&
-           codes.num_codebooks >= kMinFixedCodebooks && codes.num_codebooks <= kMaxFixedCodebooks &&
-           codes.vocab_size >= kMinVocabulary;
+bool FastScan::Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t rows) {
+    return num_codes <= (rows < kMinRowsTogether ? kernels.max_scan_codes : kernels.max_scan_codes_of_many) &&
+           codes.code_bits == 8 && codes.num_codebooks >= kMinFixedCodebooks &&
+           codes.num_codebooks <= kMaxFixedCodebooks && codes.vocab_size >= kMinVocabulary && codes.numbers;
 }
 
 FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t k,

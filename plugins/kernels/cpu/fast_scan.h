@@ -17,8 +17,9 @@ namespace vq::cpu {
 
 class FastScan {
 public:
-    // Whether there is such a path for this head.
-    static bool Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes);
+    // Whether there is such a path for this head (none where biases are NaN, which would have to show in logsumexp),
+    // and so many rows are not quicker summed in full together.
+    static bool Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t rows);
 
     // What a call needs, some 4 bytes a token, which stay in the second cache. Calls hand it on to each other: fresh
     // memory would cost a page fault every 4 KiB.

@@ -31,17 +31,18 @@ struct Block {
 inline constexpr int64_t kMinFixedCodebooks = 8;
 inline constexpr int64_t kMaxFixedCodebooks = 256;
 
-// A row's tables in fixed point, for instruction sets that look bytes up (avx512_vbmi.cpp).
+// A row's tables in fixed point, for instruction sets that look bytes up (avx2_scan.cpp, avx512_vbmi.cpp).
 struct FixedPoint {
     static constexpr int64_t kPlanes = 4;
 
-    uint8_t* planes;                   // [kPlanes, M, 256], the lowest bytes first
-    int16_t wide[kMaxFixedCodebooks];  // the codebooks that use the fourth plane
+    uint8_t* planes;    // [kPlanes, M, 256], the lowest bytes first, as the instruction set looks them up
+    int64_t num_codes;  // K
     int64_t num_wide;
-    int32_t middle;  // in steps: taken off the sums of the upper planes, so that float32 holds them
-    float unit;      // of the lowest plane
-    float step;      // of the third plane: 2^16 units
-    float offset;    // what the integers 0 and the middle stand for
+    int16_t wide[kMaxFixedCodebooks];  // the codebooks that use the fourth plane, num_wide of them
+    int32_t middle;                    // in steps: taken off the sums of the upper planes, so that float32 holds them
+    float unit;                        // of the lowest plane
+    float step;                        // of the third plane: 2^16 units
+    float offset;                      // what the integers 0 and the middle stand for
 
     // What the two lower planes add to a sum when all codes are equally likely, in logits: the mean of both and of the
     // upper one, the standard deviation of both, and how far from their mean they are at most.
@@ -79,8 +80,12 @@ struct Kernels {
     void (*narrow)(const float* in, Type type, int64_t count, void* out);
     Decode decode;
 
-    // All null where the instruction set has nothing of the kind.
-    //
+    // What follows is in fixed point; null, and 0 here, where the instruction set has nothing of the kind. The largest
+    // K, at most 256, for which one_row_fixed is quicker than one_row; for which scan is; and for which scan, row by
+    // row, is quicker than eight_rows where these serve (row_tables.h).
+    int64_t max_fixed_codes = 0;
+    int64_t max_scan_codes = 0;
+    int64_t max_scan_codes_of_many = 0;
     // tables [M, K] of one row, K at most 256 -> fixed point; planes are given, the rest is set. Returns false for a
     // row that must stay in float32: infinities or NaN. A look-up is then off by half a unit at most, which is 2^-25 of
     // a span that no more than a sixth of the codebooks exceed.
@@ -95,7 +100,7 @@ struct Kernels {
     void (*refine)(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes,
                    float* const* sums) = nullptr;
     // masses [groups]: the sum of exp(x - peak) over x [kGroup] each, x - peak at most 1, off by 2^-16 of it at most;
-    // squares [groups]: the sum of its squares.
+    // what is below 2^-126 may be 0. NaN weighs nothing. squares [groups]: the sum of the squares.
     void (*weigh)(const float* x, int64_t groups, float peak, float* masses, float* squares) = nullptr;
 };
 

@@ -1,6 +1,7 @@
 #include "cpu/packed_codes.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace vq::cpu {
@@ -26,6 +27,7 @@ PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_coun
     if (biases != nullptr) {
         bias.assign(static_cast<size_t>(blocks * kBlock), 0.0f);
         std::copy(biases, biases + v_count, bias.begin());
+        numbers = std::none_of(biases, biases + v_count, [](float x) { return std::isnan(x); });
     }
 }
 

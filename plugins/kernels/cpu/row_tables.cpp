@@ -8,7 +8,7 @@ RowTables::RowTables(const PackedCodes& codes, const Kernels& kernels, const flo
                      int64_t num_codes)
     : kernels_(kernels), scores_(scores), width_(codes.num_codebooks * num_codes) {
     const int64_t m_count = codes.num_codebooks;
-    const bool has_fixed = kernels.to_fixed_point != nullptr && codes.code_bits == 8 && num_codes <= 256 &&
+    const bool has_fixed = num_codes <= kernels.max_fixed_codes && codes.code_bits == 8 &&
                            m_count >= kMinFixedCodebooks && m_count <= kMaxFixedCodebooks;
     if (!has_fixed) return;
     const int64_t bytes = m_count * FixedPoint::kPlanes * 256;

@@ -77,7 +77,7 @@ struct TopK::Job {
 
     void Run() const {
         if (packed.buckets) return InCodeSpace();
-        if (FastScan::Serves(*packed.codes, *packed.kernels, num_codes)) return InEightBits();
+        if (FastScan::Serves(*packed.codes, *packed.kernels, num_codes, rows)) return InEightBits();
         for (int64_t first = 0; first < rows; first += kRows) OverAllTokens(first, std::min(kRows, rows - first));
     }
 
