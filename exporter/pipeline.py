@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export_vq import parity
+from export_vq import genai, parity
 from export_vq.bench import device_name, run_benchmark
 from export_vq.bundle import Bundle
 from export_vq.engine_steps import bench_engines, make_engines, sidecar
@@ -131,6 +131,8 @@ class _Run:
         artifacts = export_step(lambda: self.loaded, self.source, bundle, options.export, self.progress)
         if options.text is None:
             self.not_done.append("perplexity: measured on random tokens only; give a text with --text FILE")
+        if why := genai.refusal(artifacts["vq"]):
+            self.not_done.append(f"onnxruntime-genai: {why}")
         runs = self._can_run(artifacts["vq"])
         checks, bench, written = [], None, Continuation("", "")
         if runs:

@@ -17,6 +17,7 @@ from export_vq.bundle import Bundle
 from export_vq.compress import CompressOptions, compress_model
 from export_vq.errors import UserError
 from export_vq.files import sha256, write_text
+from export_vq.genai import write_genai_config
 from export_vq.graph import ExportOptions, export_onnx
 from export_vq.load import LoadedModel, load_dense, load_model, save_model
 from export_vq.progress import Progress
@@ -124,7 +125,8 @@ def tune_step(
 def export_step(
     loaded: Callable[[], LoadedModel], source: str, bundle: Bundle, options: ExportOptions, progress: Progress
 ) -> dict[str, OnnxArtifact]:
-    """Export, or the artifacts on disk when they were made from the same source with the same options and versions."""
+    """Export with config, tokenizer and genai_config.json beside; or the artifacts on disk when they were made from the same
+    source with the same options and versions."""
     versions = tuple(version(name) for name in _EXPORTERS)
     output = options.head_output
     wanted = (
@@ -142,6 +144,7 @@ def export_step(
     files = {"config.json": json.dumps(model.config, indent=2) + "\n", **model.tokenizer_files}
     for name, text in files.items():
         write_text(bundle.folder / name, text)
+    write_genai_config(bundle.folder, artifacts["vq"], model.config)
     return artifacts
 
 

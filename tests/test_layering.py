@@ -71,7 +71,8 @@ MAY_IMPORT = {
     "rival_graphs": {"quality"},
     "tuning": {"codespace", "compress", "errors", "head", "load", "records", "require", "resume"},
     "inspection": {"contract", "errors", "files", "forms", "graph", "load", "quality", "records", "text"},
-    "steps": {"bundle", "compress", "errors", "files", "graph", "load", "progress", "records", "text", "tuning"},
+    "genai": {"files", "records"},
+    "steps": {"bundle", "compress", "errors", "files", "genai", "graph", "load", "progress", "records", "text", "tuning"},
     "build_progress": set(),
     "profiles": {"errors", "records"},
     "trt": {"contract", "errors", "files", "outputs", "require"},
@@ -92,7 +93,7 @@ MAY_IMPORT = {
         "bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner", "workloads",
     },
     "pipeline": {
-        "bench", "bundle", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
+        "bench", "bundle", "engine_steps", "errors", "feeds", "files", "genai", "generate", "graph", "load",
         "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
@@ -116,7 +117,7 @@ MAY_IMPORT = {
 FOLDERS = ("compress", "quality", "trim", "tuning")
 """Rooms of several files."""
 STANDARD_LIBRARY_ONLY = (
-    "contract", "errors", "files", "require", "records", "bundle", "doctor", "manifest",
+    "contract", "errors", "files", "require", "records", "bundle", "doctor", "genai", "manifest",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
 )  # fmt: skip
 LIGHT = {

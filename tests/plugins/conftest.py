@@ -11,6 +11,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--native-libraries", type=Path, help="folder of the libraries to test, instead of the package's own"
     )
+    parser.addoption("--runtime-programs", type=Path, help="folder of vq_run_ort and vq_run_trt")
 
 
 @pytest.fixture(scope="session")

@@ -89,17 +89,22 @@ def test_the_hash_covers_contents_and_names(copy):
 def test_the_hash_covers_all_native_files_and_no_python():
     native = {".h", ".cpp", ".cu", ".cuh", ".inl", ".cmake", ".txt"}
     there = {p.relative_to(library.SOURCES) for p in library.SOURCES.rglob("*") if p.suffix in native}
-    assert {p for p in there if p.parts[0] != "lib"} == set(library.source_files())
+    # The programs of runtime/ are built by whoever wants them, and no library has to be built again for their sake.
+    assert {p for p in there if p.parts[0] not in ("lib", "runtime")} == set(library.source_files())
 
 
 def test_a_wheel_carries_every_source():
     """The package is built where it is installed: a file that the wheel lacks would only be missed there."""
+    programs = {p.relative_to(library.SOURCES) for p in (library.SOURCES / "runtime").iterdir()}
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["export_vq.plugins"]
     carried = [{p for p in (ROOT / "plugins").glob(_files(pattern)) if p.is_file()} for pattern in patterns]
     assert all(carried), "a pattern that matches nothing"
-    assert {path.relative_to(ROOT / "plugins") for path in set().union(*carried)} == set(library.source_files())
+    assert {path.relative_to(ROOT / "plugins") for path in set().union(*carried)} == {
+        *library.source_files(),
+        *programs,
+    }
 
 
 def _files(pattern):
