@@ -153,7 +153,8 @@ void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const
     }
 }
 
-// exp(x - peak) for x - peak from -infinity to 1: 2^n 2^f with n whole.
+// exp(x - peak) for x - peak from -infinity to 1: 2^n 2^f with n whole. Not shared with AVX2, which lacks vscalefps:
+// the common form took a fifth more time.
 __m512 Exponential(__m512 x, __m512 peak) {
     const __m512 log2e = _mm512_set1_ps(1.44269504f);
     const __m512 power = _mm512_max_ps(_mm512_mul_ps(_mm512_sub_ps(x, peak), log2e), _mm512_set1_ps(-1000.0f));
