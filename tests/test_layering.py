@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "choice_errors": {"feeds", "logit_errors", "ranking", "records"},
     "parity": {"choice_errors", "feeds", "generate", "logit_errors", "ranking", "records"},
     "bench": {"records"},
-    "workloads": {"bench", "feeds", "graph", "head", "head_output", "runners"},
+    "workloads": {"bench", "feeds", "graph", "head", "head_output", "outputs", "runners"},
     "bundle": {"errors", "files", "records"},
     "wording": {"records"},
     "plots": {"records", "wording"},
