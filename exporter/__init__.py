@@ -20,6 +20,10 @@ _HOME = {
     "build_engine": "engine",
     "EngineOptions": "engine",
     "load_engine": "plan",
+    "stream": "generate",
+    "TokenEvent": "generate",
+    "DecodingOptions": "decoding",
+    "TextModel": "textmodel",
     "OrtRunner": "runners",
     "TorchRunner": "runners",
     "TrtRunner": "trt_runner",
@@ -42,6 +46,7 @@ _HOME = {
 __all__ = [
     "CheckFailed",
     "CompressOptions",
+    "DecodingOptions",
     "EngineOptions",
     "ExportOptions",
     "FinetuneOptions",
@@ -49,6 +54,8 @@ __all__ = [
     "LoadedModel",
     "OrtRunner",
     "RunOptions",
+    "TextModel",
+    "TokenEvent",
     "TorchRunner",
     "TrtRunner",
     "UserError",
@@ -66,6 +73,7 @@ __all__ = [
     "run_benchmark",
     "run_pipeline",
     "save_model",
+    "stream",
     "tie_embedding",
     "trim_vocabulary",
 ]
@@ -73,9 +81,11 @@ __all__ = [
 if TYPE_CHECKING:
     from export_vq.bench import run_benchmark
     from export_vq.compress import CompressOptions, compress_model
+    from export_vq.decoding import DecodingOptions
     from export_vq.embedding import VQEmbedding
     from export_vq.engine import EngineOptions, build_engine
     from export_vq.errors import CheckFailed, UserError
+    from export_vq.generate import TokenEvent, stream
     from export_vq.graph import ExportOptions, export_onnx
     from export_vq.head import VQHead
     from export_vq.load import LoadedModel, load_dense, load_model, save_model, tie_embedding
@@ -85,6 +95,7 @@ if TYPE_CHECKING:
     from export_vq.quality import quality_report
     from export_vq.records import HeadSpec
     from export_vq.runners import OrtRunner, TorchRunner
+    from export_vq.textmodel import TextModel
     from export_vq.trim import trim_vocabulary
     from export_vq.trt_runner import TrtRunner
     from export_vq.tuning import FinetuneOptions, finetune

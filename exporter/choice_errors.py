@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,9 +185,3 @@ def _coarse_kl(shares: Floats, told: Floats) -> Floats:
     rest, told_rest = (np.clip(1 - np.exp(logs).sum(1), 1e-12, 1.0) for logs in (shares, told))
     kl: Floats = (np.exp(shares) * (shares - told)).sum(1) + rest * np.log(rest / told_rest)
     return kl
-
-
-def order_of_draws(codes: NDArray[Any]) -> NDArray[np.int64]:
-    """The order of the tokens in the cumulative distribution, by codes [V, M]: (code, id) with one codebook, else id."""
-    order = codes[:, 0].argsort(kind="stable") if codes.shape[1] == 1 else np.arange(len(codes))
-    return order.astype(np.int64)

@@ -71,7 +71,11 @@ def generate(
     as_json: bool,
     **chosen: Any,
 ) -> None:
-    """Go on from a prompt with the model in FOLDER, as export-vq MODEL -o FOLDER writes it."""
+    """Go on from a prompt with the model in FOLDER, as export-vq MODEL -o FOLDER writes it.
+
+    A graph that gives logits is run with the 50 best tokens of the last position in their place, which writes the same
+    text without building logits of the whole vocabulary for every position.
+    """
     from export_vq.decoding import DecodingOptions
     from export_vq.textmodel import TextModel
 

@@ -73,6 +73,9 @@ def build(
 ) -> None:
     """Build TensorRT engines of MODEL, or of the graphs in FOLDER: vq-plugin, vq-plain and dense.
 
+    A MODEL is exported to the output folder first, where that holds no current graphs of it; what graphs there give, logits
+    or the best tokens, stays.
+
     Every engine gets a prefill and a decode profile, printed when it is built; the shapes options move them.
     """
     from export_vq.engine import EngineOptions
@@ -87,12 +90,12 @@ def build(
     ):
         from export_vq.bundle import Bundle
         from export_vq.files import sha256
-        from export_vq.graph import ExportOptions
         from export_vq.load import load_model
-        from export_vq.steps import export_step
+        from export_vq.steps import export_step, options_in
 
         output = output or Path("out")
-        export_step(lambda: load_model(source), sha256(source), Bundle(output), ExportOptions(dtype=dtype), steps)
+        bundle = Bundle(output)
+        export_step(lambda: load_model(source), sha256(source), bundle, options_in(bundle, dtype), steps)
         source = output
     options = EngineOptions(
         min_shapes=min_shapes,

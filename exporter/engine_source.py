@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from export_vq import contract, forms
 from export_vq.errors import UserError
 from export_vq.files import sha256
 from export_vq.graph import METADATA_KEY
-from export_vq.graph_files import data_files, read_graph, write_linked
 from export_vq.outputs import output_of
 from export_vq.profiles import Shape
 
@@ -34,7 +34,7 @@ class EngineSource:
         if kind not in KINDS:
             raise UserError(f"the kind of engine is {kind!r}, expected one of {', '.join(KINDS)}")
         self.path, self.kind = path, kind
-        self.model = read_graph(path)
+        self.model = forms.read_graph(path)
         nodes = forms.head_nodes(self.model)
         self.nodes = tuple(str(node.name) for node in nodes)
         if kind == "dense" and nodes:
@@ -73,12 +73,27 @@ class EngineSource:
             "last_token": "input_ids" in self.inputs and first[1] == 1,
         }
 
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """Weights files beside the source that the graph refers to."""
+        weights = (v.const_value for v in self.model.graph.initializers.values())
+        return tuple(sorted({str(w.location) for w in weights if isinstance(w, ir.ExternalTensor)}))
+
     def source_sha256(self) -> dict[str, str]:
-        return {name: sha256(self.path.with_name(name)) for name in (self.path.name, *data_files(self.model))}
+        return {name: sha256(self.path.with_name(name)) for name in (self.path.name, *self.data_files)}
 
     def write_onnx(self, path: Path) -> tuple[str, ...]:
         """Write the graph; returns the names of the links to weights beside it."""
-        return write_linked(self.model, self.path, path)
+        for name in self.data_files:
+            origin = self.path.with_name(name)
+            if not origin.is_file():
+                raise UserError(f"{self.path}: its weights file {name} is missing; keep both files in one folder")
+            try:
+                (path.parent / name).symlink_to(origin.resolve())
+            except OSError:  # a file system without links
+                shutil.copyfile(origin, path.parent / name)
+        ir.save(self.model, path)
+        return self.data_files
 
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """(KV heads, head_dim) of each layer's cache; empty for a head alone."""

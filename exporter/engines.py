@@ -12,7 +12,6 @@ from export_vq.engine import EngineOptions, build_engine, builder_versions, engi
 from export_vq.engine_source import KINDS
 from export_vq.errors import UserError
 from export_vq.files import sha256
-from export_vq.graph_files import read_graph
 from export_vq.plugins.library import find, require_library
 from export_vq.progress import Progress
 from export_vq.records import EngineArtifact
@@ -83,7 +82,7 @@ def _files(source: Path, kinds: Sequence[str], options: EngineOptions) -> tuple[
             raise UserError(f"{file}: no such file; write it with: export-vq export MODEL -o {source}")
         files = {kind: file for kind, file in files.items() if kind not in missing}
     else:
-        is_dense = not forms.head_nodes(read_graph(source))
+        is_dense = not forms.head_nodes(forms.read_graph(source))
         files = {kind: source for kind in wanted if kinds or (kind == "dense") == is_dense}
     not_done = []
     if not kinds and "vq-plugin" in files and options.plugin is None:

@@ -13,6 +13,7 @@ Each rewrite reports how many nodes it changed, and where it refused, why.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -41,6 +42,19 @@ class Rewrite:
 
     count: int
     refusals: tuple[str, ...] = ()
+
+
+def read_graph(path: Path) -> ir.Model:
+    """An ONNX file, its large weights left on disk.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a readable ONNX file ({reason}); export it again") from error
 
 
 def convert(model: ir.Model, form: str) -> Rewrite:

@@ -65,14 +65,13 @@ from export_vq.files import free_bytes, sha256, whole
 from export_vq.head import VQHead
 from export_vq.head_output import HeadOutput
 from export_vq.load import LoadedModel, convert
-from export_vq.outputs import OPS
+from export_vq.outputs import DEFAULT_TOP_K, OPS
 from export_vq.records import OnnxArtifact
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTERNAL_DATA_BYTES = 100 << 20
 """Weights above this go to one .data file beside the graph."""
 DEFAULT_OPSET = 20
-DEFAULT_TOP_K = 50
 METADATA_KEY = f"{contract.DOMAIN}.artifact"
 """Model metadata: the artifact record as JSON, so that the file alone says what it is."""
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir import tape
 from onnx_ir.passes.common import InlinePass
 
 from export_vq import contract
 from export_vq.errors import UserError
-from export_vq.head import VQHead
 from export_vq.outputs import OPS, TENSORS
+from export_vq.ranking import order_of_draws
+from export_vq.records import HeadSpec
 from export_vq.selection import dense_selection
 
 
@@ -42,18 +46,20 @@ def select(
     op: tape.Tape,
     placeholder: ir.Node,
     inputs: list[ir.Value],
-    head: VQHead,
-    kind: str,
+    spec: HeadSpec,
     output: HeadOutput,
+    dense_codes: NDArray[np.integer[Any]] | None = None,
 ) -> None:
     """End the graph in what `VQTopK` or `VQSample` gives, in the place where its logits were.
 
     Args:
         model: the graph; its inputs and outputs are changed.
         op: holds the nodes that made `inputs`, which go in before the placeholder.
-        placeholder: the head's, with logits T [B, S, V].
-        inputs: what the op takes first, code logits, codes and any bias; of the 'dense' kind, logits.
-        head, kind, output: see layers.attach.
+        placeholder: the node that stands for the head, with logits T [B, S, V].
+        inputs: what the op takes first, code logits, codes and any bias; of a dense twin, logits.
+        spec: of the head.
+        output: see HeadOutput.
+        dense_codes: codes [V, M] of the head whose dense twin this is; None: it is the head.
 
     Raises:
         UserError: the logits are not the graph's output.
@@ -70,10 +76,10 @@ def select(
     if output.word == "sample":
         drawn_with = [ir.val("temperature", ir.DataType.FLOAT, [1]), ir.val("uniform", ir.DataType.FLOAT, lead)]
         graph.inputs.extend(drawn_with)
-    if kind == "vq":
-        results = [*op_node(op, inputs, head, output, drawn_with)]
+    if dense_codes is None:
+        results = [*op_node(op, inputs, spec, output, drawn_with)]
     else:
-        order = [_order(graph, head)] if output.word == "sample" and head.spec.num_codebooks == 1 else []
+        order = [_order(graph, dense_codes)] if output.word == "sample" and spec.num_codebooks == 1 else []
         function = dense_selection(OPS[output.word], graph.opset_imports[""], ordered=bool(order))
         model.functions[function.identifier()] = function
         results = [*_node(op, function.name, [*inputs, *drawn_with, *order], output, {})]
@@ -81,21 +87,20 @@ def select(
         value.name = name
         value.dtype = ir.DataType.INT64 if name == "ids" else ir.DataType.FLOAT
         value.shape = ir.Shape([*lead, output.top_k] if name in ("values", "ids") and output.word == "topk" else lead)
-    if output.word == "topk" and kind == "vq":
-        inputs[0].shape = ir.Shape([*lead, head.spec.num_codebooks * head.spec.num_codes])
+    if output.word == "topk" and dense_codes is None:
+        inputs[0].shape = ir.Shape([*lead, spec.num_codebooks * spec.num_codes])
         results.append(inputs[0])
     place = graph.outputs.index(logits)
     graph.outputs[place : place + 1] = results
     graph.insert_before(placeholder, op.nodes)
     graph.remove(placeholder)
-    if kind == "dense":
+    if dense_codes is not None:
         InlinePass()(model)
 
 
-def _order(graph: ir.Graph, head: VQHead) -> ir.Value:
-    """The order by (code, token id), int64 [V], as a constant."""
-    order = head.codes[:, 0].argsort(stable=True).numpy()
-    value = ir.val("lm_head.order", const_value=ir.tensor(order, name="lm_head.order"))
+def _order(graph: ir.Graph, codes: NDArray[np.integer[Any]]) -> ir.Value:
+    """The order of the tokens in a draw, int64 [V], as a constant."""
+    value = ir.val("lm_head.order", const_value=ir.tensor(order_of_draws(codes), name="lm_head.order"))
     graph.register_initializer(value)
     return value
 
@@ -107,15 +112,15 @@ def _size(dim: int | ir.SymbolicDim) -> int | str | None:
 def op_node(
     op: tape.Tape,
     inputs: list[ir.Value],
-    head: VQHead,
+    spec: HeadSpec,
     output: HeadOutput,
     drawn_with: Sequence[ir.Value] = (),
 ) -> Sequence[ir.Value]:
     """The op on code logits, codes and, where there is one, bias."""
     given: list[ir.Value | None] = [*inputs]
-    if drawn_with and head.bias is None:
+    if drawn_with and not spec.has_bias:
         given.append(None)
-    return _node(op, OPS[output.word], [*given, *drawn_with], output, {contract.NUM_CODEBOOKS: head.spec.num_codebooks})
+    return _node(op, OPS[output.word], [*given, *drawn_with], output, {contract.NUM_CODEBOOKS: spec.num_codebooks})
 
 
 def _node(

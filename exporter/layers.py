@@ -41,20 +41,20 @@ def attach(model: ir.Model, head: VQHead, kind: str, output: HeadOutput | None =
     op, graph, placeholder = tape.Tape(), model.graph, found[HEAD]
     hidden = _input(placeholder)
     if output.last_token:
-        hidden = op.op("Slice", [hidden, *(_ints(graph, n, [i]) for n, i in _LAST.items())])  # [B, 1, D]
+        hidden = last_position(op, graph, hidden)
     if kind == "vq":
         inputs = _code_space(op, graph, hidden, head)
     else:
         inputs = [_dense_head(op, graph, hidden, head, tied=rows is not None)]
     if output.word == "logits":
-        built = op_node(op, inputs, head, output)[0] if kind == "vq" else inputs[0]
+        built = op_node(op, inputs, head.spec, output)[0] if kind == "vq" else inputs[0]
         _replace(graph, placeholder, op, built)
         logits = placeholder.outputs[0]
         built.name = logits.name if logits.name == "logits" else "head_logits"
         if output.last_token:
             tell_one_position(built)
     else:
-        select(model, op, placeholder, inputs, head, kind, output)
+        select(model, op, placeholder, inputs, head.spec, output, None if kind == "vq" else head.codes.numpy())
     if rows is not None:
         op, tokens = tape.Tape(), _input(rows)
         if kind == "vq":
@@ -69,8 +69,12 @@ def attach(model: ir.Model, head: VQHead, kind: str, output: HeadOutput | None =
     RemoveUnusedNodesPass()(model)
 
 
-_LAST = {"last": -1, "past_last": 2**63 - 1, "positions": 1}
-"""Slice's start, end and axis for the last position of [B, S, D]."""
+def last_position(op: tape.Tape, graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """[B, S, ..] -> [B, 1, ..]; once in a graph, as its constants have names."""
+    start, end, axis = (
+        _ints(graph, *named) for named in (("last", [-1]), ("past_last", [2**63 - 1]), ("positions", [1]))
+    )
+    return op.op("Slice", [value, start, end, axis])
 
 
 def _input(node: ir.Node) -> ir.Value:

@@ -8,6 +8,8 @@ from export_vq import contract
 
 OPS: Final = {"logits": contract.GATHER_SCATTER, "topk": contract.TOP_K, "sample": contract.SAMPLE}
 """The word of `--output` -> the op that the head ends in."""
+DEFAULT_TOP_K: Final = 50
+"""Tokens that a 'topk' graph gives unless told otherwise."""
 TENSORS: Final = {
     contract.GATHER_SCATTER: (contract.GATHER_SCATTER_INPUTS, contract.GATHER_SCATTER_OUTPUTS),
     contract.TOP_K: (contract.TOP_K_INPUTS, contract.TOP_K_OUTPUTS),

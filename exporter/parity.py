@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export_vq import feeds as fd
-from export_vq.choice_errors import TEMPERATURE, ChoiceErrors, order_of_draws
+from export_vq.choice_errors import TEMPERATURE, ChoiceErrors
 from export_vq.generate import generate
 from export_vq.logit_errors import ErrorAccumulator, largest
+from export_vq.ranking import order_of_draws
 from export_vq.records import COMPARED, ErrorStats, ParityCase, ParityReport
 
 RELATIVE_MAX_FP32 = 1e-5

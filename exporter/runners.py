@@ -142,9 +142,18 @@ class OrtRunner(Closing):
         provider: str = "CPUExecutionProvider",
         native: bool = True,
         bundle: Path | None = None,
+        edited: ir.Model | None = None,
     ) -> None:
-        """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider; whether to
-        register the native kernels where they are built, or brought along by the output folder `bundle`.
+        """Open a session.
+
+        Args:
+            path: an .onnx file.
+            signature: of its graph.
+            threads: intra-op threads (0: the runtime's choice).
+            provider: the execution provider.
+            native: whether to register the native kernels where they are built, or brought along by `bundle`.
+            bundle: the output folder that the file lies in, where it is one.
+            edited: the graph of that file, changed since; its head's constants and large weights are the file's.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run this file on this provider; or the bundle's library is
@@ -169,8 +178,12 @@ class OrtRunner(Closing):
             self._profiles = tempfile.TemporaryDirectory()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profiles.name, "run"))
+        graph: Path | bytes = path
+        if edited is not None:
+            graph = ir.to_proto(edited).SerializeToString()
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            self._session: Any = ort.InferenceSession(path, options, providers=[provider])
+            self._session: Any = ort.InferenceSession(graph, options, providers=[provider])
         except Exception as error:  # the runtime's exceptions share no base
             reason = str(error).strip().split("\n")[0]
             raise UserError(
@@ -191,7 +204,7 @@ class OrtRunner(Closing):
         if codes is None or codes.const_value is None:
             return None
         table = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
-        return HeadTables(codes.const_value.numpy(), table)
+        return HeadTables(np.array(codes.const_value.numpy()), table)  # its own memory, not the file's
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
         """A run of these feeds over and over, into the same memory: what a decoding loop does, and what is timed."""

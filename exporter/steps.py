@@ -20,6 +20,7 @@ from export_vq.files import sha256, write_text
 from export_vq.genai import write_genai_config
 from export_vq.graph import ExportOptions, export_onnx
 from export_vq.load import LoadedModel, load_dense, load_model, save_model
+from export_vq.outputs import DEFAULT_TOP_K
 from export_vq.progress import Progress
 from export_vq.records import Compressed, HeadSpec, OnnxArtifact
 from export_vq.text import read_text, token_blocks
@@ -146,6 +147,14 @@ def export_step(
         write_text(bundle.folder / name, text)
     write_genai_config(bundle.folder, artifacts["vq"], model.config)
     return artifacts
+
+
+def options_in(bundle: Bundle, dtype: str) -> ExportOptions:
+    """How to export into a folder for another step's sake: what its graph gives, in `dtype`; logits where it has none."""
+    kept = bundle.artifact("model.onnx")
+    if kept is None:
+        return ExportOptions(dtype=dtype)
+    return ExportOptions(dtype=dtype, output=kept.output, top_k=kept.top_k or DEFAULT_TOP_K, last_token=kept.last_token)
 
 
 def _made_from(artifact: OnnxArtifact) -> tuple[Any, ...]:

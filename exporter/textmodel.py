@@ -1,4 +1,8 @@
-"""An output folder as the main job writes it, opened for writing text: graph, tokenizer, ends of text."""
+"""An output folder as the main job writes it, opened for writing text: graph, tokenizer, ends of text.
+
+A graph with V logits is run as the one that gives the best tokens of the last position (top_k_graph.py), where it has
+the head's node for that.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,21 @@ from export_vq.decoding import DecodingOptions
 from export_vq.errors import UserError
 from export_vq.feeds import Closing
 from export_vq.files import is_inside
+from export_vq.forms import read_graph
 from export_vq.generate import TokenEvent, stream
 from export_vq.records import OnnxArtifact
 from export_vq.runners import OrtRunner, signature_of
+from export_vq.top_k_graph import end_in_top_k
 from export_vq.validate import check_tokenizer
 
 
 class TextModel(Closing):
-    """Text in, text out. The tokenizer is read from tokenizer.json alone: nothing is fetched, and no code of it runs."""
+    """Text in, text out. The tokenizer is read from tokenizer.json alone: nothing is fetched, and no code of it runs.
+
+    Attributes:
+        runner: the graph that it writes with.
+        eos_ids: tokens that end a text.
+    """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """Args: holds model.onnx with its record, config.json, tokenizer.json; intra-op threads (0: the runtime's choice).
@@ -47,7 +58,7 @@ class TextModel(Closing):
         self._positions = config.get("max_position_embeddings") or config.get("n_positions")
         self._vocab_size = artifact.spec.vocab_size
         self._tokenizer = Tokenizer.from_str(text)
-        self._runner = OrtRunner(folder / artifact.path, signature_of(artifact), threads=threads, bundle=folder)
+        self.runner = _runner(folder, artifact, threads)
 
     def write(self, prompt: str, options: DecodingOptions) -> Iterator[TokenEvent]:
         """Go on from a prompt. Text ends at the model's own ends too, and where its positions do ('length').
@@ -74,14 +85,25 @@ class TextModel(Closing):
             eos_ids=options.eos_ids | self.eos_ids,
             max_new_tokens=min(options.max_new_tokens, room),
         )
-        return stream(self._runner, [ids], options, self.decode)
+        return stream(self.runner, [ids], options, self.decode)
 
     def decode(self, ids: Any) -> str:
         """Token ids -> text, without special tokens."""
         return str(self._tokenizer.decode(list(ids)))
 
     def close(self) -> None:
-        self._runner.close()
+        self.runner.close()
+
+
+def _runner(folder: Path, artifact: OnnxArtifact, threads: int) -> OrtRunner:
+    """The graph that generation runs."""
+    file, signature = folder / artifact.path, signature_of(artifact)
+    graph = read_graph(file)
+    output = end_in_top_k(graph, artifact)
+    if output is None:
+        return OrtRunner(file, signature, threads=threads, bundle=folder)
+    signature = dataclasses.replace(signature, output=output.word, top_k=output.top_k, last_token=output.last_token)
+    return OrtRunner(file, signature, threads=threads, bundle=folder, edited=graph)
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:

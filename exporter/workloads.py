@@ -16,6 +16,7 @@ from export_vq.bench import Workload
 from export_vq.graph import head_graph
 from export_vq.head import VQHead
 from export_vq.head_output import HeadOutput
+from export_vq.outputs import output_of
 from export_vq.runners import OrtRunner, native_library
 
 STOCK = "vq, stock ops"
@@ -44,17 +45,31 @@ def head_workloads(
     Raises:
         CheckFailed: the native kernel is registered and did not run.
     """
-    output = output or HeadOutput()
-    files = {}
-    for kind in ("vq", "dense"):
-        files[kind] = folder / f"head-{kind}.onnx"
-        ir.save(head_graph(head, kind, opset=opset, output=output), files[kind], external_data=f"head-{kind}.data")
-    signature = feeds.Signature((), False, output=output.word, top_k=output.top_k)
-    signatures = dict.fromkeys(files, signature)
-    with runners(files, signatures, threads, native=native_library() is not None) as named:
+    native = native_library() is not None
+    ways = {"vq": ("vq", native), "dense": ("dense", False)} | ({STOCK: ("vq", False)} if native else {})
+    with ExitStack() as stack:
+        named = {}
+        for i, (way, (kind, on_kernels)) in enumerate(ways.items()):
+            graph = head_graph(head, kind, opset=opset, output=output)
+            runner = head_runner(graph, folder / f"head-{i}.onnx", threads=threads, native=on_kernels)
+            named[way] = stack.enter_context(runner)
+        signature = named["vq"].signature
         yield [
             Workload("head", b, bound(named, dict.fromkeys(named, head_inputs(head, b, signature)))) for b in batches
         ]
+
+
+def head_runner(graph: ir.Model, file: Path, *, threads: int, native: bool) -> OrtRunner:
+    """Save the graph of an output layer alone, and open it.
+
+    Args:
+        graph: takes hidden_states T [rows, 1, D].
+        file: the .onnx file to write; its weights go beside it.
+        threads, native: see OrtRunner.
+    """
+    ir.save(graph, file, external_data=f"{file.stem}.data")
+    output = output_of(tuple(str(value.name) for value in graph.graph.outputs))
+    return OrtRunner(file, feeds.Signature((), False, output=output), threads=threads, native=native)
 
 
 def head_inputs(head: VQHead, batch: int, signature: feeds.Signature) -> feeds.Feeds:

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/bench_decode.py .demo/model.pt -o docs/results/bench_decode.json
 
 Every way ends in the best token: by an argmax over V logits where the graph gives logits, by the graph itself where it
-gives the top k. The head's share is the time of the head alone over that of the step, both with cold caches: the rest of
-the step evicts what the head would like to keep.
+gives the top k. The head's share is the time of the head alone, with cold caches, over that of the step: the rest of the
+step evicts what the head would like to keep.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 
 from export_vq import feeds
@@ -28,7 +27,7 @@ from export_vq.head_output import HeadOutput
 from export_vq.load import LoadedModel, load_model
 from export_vq.records import BenchReport
 from export_vq.runners import OrtRunner, native_library, signature_of
-from export_vq.workloads import head_inputs
+from export_vq.workloads import head_inputs, head_runner
 
 TOP_K = 50
 WAYS = {  # head kind, its output
@@ -39,8 +38,19 @@ WAYS = {  # head kind, its output
 }
 
 
-def outputs() -> dict[str, HeadOutput]:
-    return {"topk": HeadOutput("topk", TOP_K, last_token=True), "logits": HeadOutput(last_token=True)}
+def output_for(word: str) -> HeadOutput:
+    return HeadOutput(word, TOP_K if word == "topk" else 0, last_token=True)
+
+
+def export_all(loaded: LoadedModel, folder: Path) -> dict[str, tuple[Path, feeds.Signature]]:
+    """The whole model in every way: file and signature."""
+    models = {}
+    for word in ("topk", "logits"):
+        artifacts = export_onnx(loaded, folder / word, ExportOptions(output=word, top_k=TOP_K, last_token=True))
+        for way, (kind, output) in WAYS.items():
+            if output == word:
+                models[way] = folder / word / artifacts[kind].path, signature_of(artifacts[kind])
+    return models
 
 
 def best_token(runner: OrtRunner, given: feeds.Feeds) -> Callable[[], int]:
@@ -58,32 +68,31 @@ def best_token(runner: OrtRunner, given: feeds.Feeds) -> Callable[[], int]:
     return step
 
 
-def measure(loaded: LoadedModel, threads: int, prompt: int, seconds: float, folder: Path) -> BenchReport:
+def measure(
+    loaded: LoadedModel,
+    models: dict[str, tuple[Path, feeds.Signature]],
+    threads: int,
+    prompt: int,
+    seconds: float,
+    scratch: Path,
+) -> BenchReport:
     """Decode steps and heads alone on so many threads."""
+    assert loaded.head is not None
+    ids = np.random.default_rng(0).integers(0, loaded.spec.vocab_size, (1, prompt))
     with ExitStack() as stack:
         steps, heads = {}, {}
-        for output, wanted in outputs().items():
-            options = ExportOptions(output=output, top_k=TOP_K, last_token=True)
-            artifacts = export_onnx(loaded, folder / output, options)
-            for name, (kind, its_output) in WAYS.items():
-                if its_output != output:
-                    continue
-                native = kind == "vq"
-                artifact = artifacts[kind]
-                runner = stack.enter_context(
-                    OrtRunner(folder / output / artifact.path, signature_of(artifact), threads=threads, native=native)
-                )
-                ids = np.random.default_rng(0).integers(0, loaded.spec.vocab_size, (1, prompt))
-                steps[name] = best_token(runner, feeds.first_step(runner, ids))
-                assert loaded.head is not None
-                file = folder / f"{output}-{kind}.onnx"
-                ir.save(head_graph(loaded.head, kind, output=wanted), file, external_data=f"{output}-{kind}.data")
-                alone = stack.enter_context(
-                    OrtRunner(file, feeds.Signature((), False, output=output), threads=threads, native=native)
-                )
-                heads[name] = alone.bound(head_inputs(loaded.head, 1, alone.signature))
-                if native:
-                    runner.demand_native()
+        for way, (kind, output) in WAYS.items():
+            native = kind == "vq"
+            runner = stack.enter_context(OrtRunner(*models[way], threads=threads, native=native))
+            steps[way] = best_token(runner, feeds.first_step(runner, ids))
+            graph = head_graph(loaded.head, kind, output=output_for(output))
+            alone = stack.enter_context(
+                head_runner(graph, scratch / f"{output}-{kind}.onnx", threads=threads, native=native)
+            )
+            heads[way] = alone.bound(head_inputs(loaded.head, 1, alone.signature))
+            if native:
+                runner.demand_native()
+                alone.demand_native()
         return run_benchmark(
             [Workload("decode step", 1, steps), Workload("head", 1, heads)],
             threads=threads,
@@ -105,7 +114,7 @@ def table(report: BenchReport) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a VQ-Logits model.pt or Hugging Face folder")
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="ONNX Runtime's intra-op threads")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="ONNX Runtime's intra-op threads")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each way and cache state")
     parser.add_argument("-o", "--output", type=Path, help="write all timings there as JSON")
@@ -114,11 +123,14 @@ def main() -> None:
         parser.exit(2, "error: the native kernels are not built; build them with: export-vq plugins build\n")
     loaded = load_model(args.model)
     reports = []
-    for threads in args.threads:
-        with tempfile.TemporaryDirectory() as scratch:
-            report = measure(loaded, threads, args.prompt, args.seconds, Path(scratch))
-        reports.append(report)
-        print(f"\n{args.model.name}, {threads} threads; {report.backend}; {report.device}\n{table(report)}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        models = export_all(loaded, scratch)
+        for threads in args.threads:
+            report = measure(loaded, models, threads, args.prompt, args.seconds, scratch)
+            reports.append(report)
+            title = f"{args.model.name}, {threads} threads; {report.backend}; {report.device}"
+            print(f"\n{title}\n{table(report)}", flush=True)
     if args.output:
         timings = tuple(
             dataclasses.replace(t, subject=f"{t.subject}, {r.threads} threads") for r in reports for t in r.timings

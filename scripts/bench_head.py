@@ -26,7 +26,6 @@ import torch
 from roofline import Machine, Work
 
 from export_vq.bench import Workload, run_benchmark
-from export_vq.feeds import Signature
 from export_vq.forms import head_nodes
 from export_vq.graph import head_graph
 from export_vq.head import VQHead
@@ -34,7 +33,7 @@ from export_vq.head_output import HeadOutput
 from export_vq.records import BenchReport
 from export_vq.rival_graphs import GROUP, integer_graph
 from export_vq.runners import OrtRunner, native_library
-from export_vq.workloads import head_inputs
+from export_vq.workloads import head_inputs, head_runner
 
 MODELS = {  # vocab_size, hidden_size, M of the product head
     "GPT-2": (50257, 768, 96),
@@ -49,7 +48,6 @@ TOP_K = 50
 VQ, VQ_LOGITS, GATHER = "VQ top-k", "VQ logits", "VQ logits, plain Gather"
 DENSE, DENSE_LOGITS, INT8, INT4 = "dense, then top-k", "dense logits", "dense INT8 logits", "dense INT4 logits"
 CUT_DENSE = f"dense, {CUT:,} tokens, then top-k"
-CHOOSING = (VQ, DENSE, CUT_DENSE)
 
 
 def random_head(kind: str, d: int, v: int, m: int, k: int) -> VQHead:
@@ -112,11 +110,7 @@ def runners(head: VQHead, threads: int) -> Iterator[dict[str, OrtRunner]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         named = {}
         for i, (name, graph) in enumerate(graphs(head)):
-            file = folder / f"{i}.onnx"
-            ir.save(graph, file, external_data=f"{i}.data")
-            output = "topk" if name in CHOOSING else "logits"
-            native = name in (VQ, VQ_LOGITS)
-            runner = OrtRunner(file, Signature((), False, output=output), threads=threads, native=native)
+            runner = head_runner(graph, folder / f"{i}.onnx", threads=threads, native=name in (VQ, VQ_LOGITS))
             named[name] = stack.enter_context(runner)
         yield named
 
@@ -158,10 +152,9 @@ def lookups_per_ms(threads: int) -> float:
     times = []
     for v in (few, more):
         with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch, "head.onnx")
             head = random_head("product", 512, v, m, PRODUCT_CODES)
-            ir.save(head_graph(head, "vq", output=HeadOutput("topk", 1)), file)
-            with OrtRunner(file, Signature((), False, output="topk"), threads=threads) as runner:
+            graph = head_graph(head, "vq", output=HeadOutput("topk", 1))
+            with head_runner(graph, Path(scratch, "head.onnx"), threads=threads, native=True) as runner:
                 work = Workload("look-ups", 1, {"vq": runner.bound(head_inputs(head, 1, runner.signature))})
                 report = run_benchmark([work], threads=threads, dtype="fp32", backend="", seconds=0.5)
         times.append(next(t.min_ms for t in report.timings if t.cache == "warm"))

@@ -18,14 +18,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from export_vq.bench import Workload, run_benchmark
 from export_vq.compress import CompressOptions, make_head, with_head
 from export_vq.compress.statistics import OutputLayer, Statistics, hidden_states, quick_matmul
-from export_vq.feeds import Signature
 from export_vq.files import write_text
 from export_vq.head import VQHead
 from export_vq.load import LoadedModel, load_dense, tie_embedding
@@ -35,11 +33,11 @@ from export_vq.quality.judge import HeldOut, Rival, measure_heads
 from export_vq.records import HeadQuality, QualityReport
 from export_vq.report import quality_markdown
 from export_vq.rival_graphs import integer_graph
-from export_vq.runners import OrtRunner, native_library
+from export_vq.runners import native_library
 from export_vq.text import read_text, token_blocks
 from export_vq.trim import bits_per_byte, trim_vocabulary
 from export_vq.tuning import FinetuneOptions, finetune
-from export_vq.workloads import head_inputs, head_workloads
+from export_vq.workloads import head_inputs, head_runner, head_workloads
 
 BLOCK = 256
 TUNE_BLOCKS = 128  # of each source: 131,072 tokens in all
@@ -173,9 +171,8 @@ def head_times(layer: OutputLayer, head: VQHead, scratch: Path, rivals: tuple[st
         (work,) = stack.enter_context(head_workloads(head, scratch, batches=(1,), threads=1))
         runs = {"vq": work.runs["vq"], "dense": work.runs["dense"]}
         for name in rivals:
-            file = scratch / f"{name}.onnx"
-            ir.save(integer_graph(layer.weight, int(name.removeprefix("int"))), file, external_data=f"{name}.data")
-            runner = stack.enter_context(OrtRunner(file, Signature((), False), threads=1, native=False))
+            graph = integer_graph(layer.weight, int(name.removeprefix("int")))
+            runner = stack.enter_context(head_runner(graph, scratch / f"{name}.onnx", threads=1, native=False))
             runs[name] = runner.bound(head_inputs(head, 1, runner.signature))
         report = run_benchmark([Workload("head", 1, runs)], threads=1, dtype="fp32", backend="", seconds=0.5)
     return {timing.runner: timing.median_ms for timing in report.timings if timing.cache == "cold"}

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "selection": {"contract", "outputs"},
     "bodies": {"contract", "outputs", "selection"},
     "forms": {"bodies", "contract", "errors", "outputs"},
-    "head_output": {"contract", "errors", "head", "outputs", "selection"},
+    "head_output": {"contract", "errors", "outputs", "ranking", "records", "selection"},
     "layers": {"contract", "head", "head_output"},
     "graph": {
         "contract", "embedding", "errors", "files", "forms", "head", "head_output", "layers", "load", "outputs", "records",
@@ -45,9 +45,9 @@ MAY_IMPORT = {
     },
     "logit_errors": {"ranking", "records"},
     "choice_errors": {"feeds", "logit_errors", "ranking", "records"},
-    "parity": {"choice_errors", "feeds", "generate", "logit_errors", "records"},
+    "parity": {"choice_errors", "feeds", "generate", "logit_errors", "ranking", "records"},
     "bench": {"records"},
-    "workloads": {"bench", "feeds", "graph", "head", "head_output", "runners"},
+    "workloads": {"bench", "feeds", "graph", "head", "head_output", "outputs", "runners"},
     "bundle": {"errors", "files", "records"},
     "manifest": {"checkpoint", "contract", "errors", "files", "plugins.library", "records"},
     "wording": {"records"},
@@ -72,20 +72,20 @@ MAY_IMPORT = {
     "tuning": {"codespace", "compress", "errors", "head", "load", "records", "require", "resume"},
     "inspection": {"contract", "errors", "files", "forms", "graph", "load", "quality", "records", "text"},
     "genai": {"files", "records"},
-    "steps": {"bundle", "compress", "errors", "files", "genai", "graph", "load", "progress", "records", "text", "tuning"},
+    "steps": {
+        "bundle", "compress", "errors", "files", "genai", "graph", "load", "outputs", "progress", "records", "text", "tuning",
+    },
     "build_progress": set(),
     "profiles": {"errors", "records"},
     "trt": {"contract", "errors", "files", "outputs", "require"},
     "proof": {"contract", "errors", "outputs", "records", "trt"},
-    "graph_files": {"errors"},
-    "engine_source": {"contract", "errors", "files", "forms", "graph", "graph_files", "outputs", "profiles"},
+    "engine_source": {"contract", "errors", "files", "forms", "graph", "outputs", "profiles"},
     "engine": {
         "build_progress", "engine_source", "errors", "files", "plugins.library", "profiles", "proof", "records",
         "require", "trt",
     },
     "engines": {
-        "engine", "engine_source", "errors", "files", "forms", "graph_files", "plugins.library", "progress", "records",
-        "trt",
+        "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
     },
     "plan": {"errors", "files", "manifest", "plugins.library", "records", "trt"},
     "trt_runner": {"errors", "feeds", "plan", "profiles", "records", "trt"},
@@ -97,12 +97,16 @@ MAY_IMPORT = {
         "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
-    "textmodel": {"checkpoint", "decoding", "errors", "feeds", "files", "generate", "records", "runners", "validate"},
+    "top_k_graph": {"forms", "head_output", "layers", "outputs", "records"},
+    "textmodel": {
+        "checkpoint", "decoding", "errors", "feeds", "files", "forms", "generate", "records", "runners", "top_k_graph",
+        "validate",
+    },
     "terminal": set(),
     "cli_bundle": {"errors", "manifest", "terminal"},
     "cli_generate": {"decoding", "textmodel"},
     "cli_native": {
-        "bundle", "engine", "engines", "files", "graph", "load", "manifest", "plugins.build", "plugins.library", "profiles",
+        "bundle", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library", "profiles",
         "records", "steps", "terminal", "wording",
     },
     "cli": {
@@ -110,8 +114,8 @@ MAY_IMPORT = {
         "load", "manifest", "pipeline", "report", "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
-        "bench", "compress", "embedding", "engine", "errors", "graph", "head", "load", "parity", "pipeline",
-        "plan", "quality", "records", "runners", "trim", "trt_runner", "tuning",
+        "bench", "compress", "decoding", "embedding", "engine", "errors", "generate", "graph", "head", "load", "parity",
+        "pipeline", "plan", "quality", "records", "runners", "textmodel", "trim", "trt_runner", "tuning",
     },
 }  # fmt: skip
 FOLDERS = ("compress", "quality", "trim", "tuning")

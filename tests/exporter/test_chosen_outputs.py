@@ -12,7 +12,7 @@ from checkpoints import save_tiny, tiny_head, tiny_model
 
 from export_vq import feeds
 from export_vq.bundle import Bundle
-from export_vq.choice_errors import TEMPERATURE, ChoiceErrors, boundary_bound, order_of_draws
+from export_vq.choice_errors import TEMPERATURE, ChoiceErrors, boundary_bound
 from export_vq.errors import UserError
 from export_vq.files import sha256
 from export_vq.graph import ExportOptions, export_onnx, head_graph
@@ -20,6 +20,7 @@ from export_vq.head_output import HeadOutput
 from export_vq.inspection import inspect_path
 from export_vq.load import load_model
 from export_vq.parity import CaseInput, check_parity
+from export_vq.ranking import order_of_draws
 from export_vq.records import OnnxArtifact
 from export_vq.runners import OrtRunner, TorchRunner, signature_of
 from export_vq.steps import export_step

@@ -19,7 +19,7 @@ from export_vq.bench import run_benchmark
 from export_vq.compress import KINDS, CompressOptions
 from export_vq.compress.assign import METHODS
 from export_vq.load import load_model, save_model
-from export_vq.records import RunReport
+from export_vq.records import OnnxArtifact, RunReport
 from export_vq.runners import native_library
 from export_vq.tuning.options import FinetuneOptions
 from export_vq.tuning.parts import PARTS
@@ -133,6 +133,21 @@ def test_main_job_and_check_of_a_graph_that_chooses(output, rest, world, tmp_pat
     assert code == 0, stderr
     said = "32/32 greedy tokens" if output == "topk" else "draws decided by rounding"
     assert [said in line and line.startswith("PASS") for line in stdout.splitlines()] == [True, True]
+
+
+def test_build_keeps_what_the_graphs_of_the_folder_give(world, capsys, monkeypatch, tmp_path):
+    """Also where they are exported anew, in another type. The engines themselves are tests/exporter/test_engine.py's."""
+    monkeypatch.setattr("export_vq.engines.build_engines", lambda *_: ({}, []))
+    given = ("--output", "topk", "--top-k", "7", "--last-token")
+    assert run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path, "--dtype", "fp16", *given)[0] == 0
+    for dtype, again in (("fp16", False), ("fp32", True)):
+        build = ("build", world / "model.pt", "-o", tmp_path, "--dtype", dtype)
+        code, _, stderr = run(capsys, monkeypatch, *build)
+        assert code == 0
+        assert ("unchanged, skipped" in stderr) != again
+        for name in ("model.onnx.json", "dense.onnx.json"):
+            found = OnnxArtifact.load(tmp_path / name)
+            assert (found.output, found.top_k, found.last_token, found.dtype) == ("topk", 7, True, dtype)
 
 
 def test_changed_input_is_not_skipped(capsys, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """`export-vq generate` on a folder as the main job writes it."""
 
+import dataclasses
 import json
 import sys
 
@@ -9,9 +10,14 @@ from checkpoints import tiny_model
 
 from export_vq import cli
 from export_vq.bundle import Bundle
+from export_vq.decoding import DecodingOptions
+from export_vq.generate import stream
 from export_vq.graph import ExportOptions
+from export_vq.records import OnnxArtifact
+from export_vq.runners import OrtRunner, signature_of
 from export_vq.steps import export_step
 from export_vq.terminal import Steps
+from export_vq.textmodel import TextModel
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,26 @@ def test_greedy_text_is_what_transformers_writes(run):
     code, stdout, stderr = run("--prompt", "the hat", "--max-new-tokens", 10)
     assert (code, stderr) == (0, "")
     assert stdout == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_logits_are_not_built_where_a_graph_gives_them_and_the_text_is_the_same(folder):
+    """Greedy, filtered, and from all of V when hot: what the graph itself gives, which stays as it is."""
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    each = [
+        DecodingOptions(max_new_tokens=20),
+        DecodingOptions(max_new_tokens=20, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3, seed=1),
+        DecodingOptions(max_new_tokens=20, temperature=3.0, seed=2),
+    ]
+    prompt = tiny_model("llama", "product").tokenizer()("the hat")["input_ids"]
+    signature = signature_of(OnnxArtifact.load(folder / "model.onnx.json"))
+    with TextModel(folder) as model, OrtRunner(folder / "model.onnx", signature) as as_exported:
+        assert (model.runner.signature.output, as_exported.signature.output) == ("topk", "logits")
+        assert model.runner.signature.last_token
+        for options in each:
+            written = [event.token_id for event in model.write("the hat", options)]
+            options = dataclasses.replace(options, eos_ids=model.eos_ids)
+            assert written == [event.token_id for event in stream(as_exported, [prompt], options)]
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_json_holds_text_tokens_and_logprobs_and_a_seed_repeats_it(run):
