@@ -26,10 +26,12 @@ import torch
 from roofline import Machine, Work
 
 from export_vq.bench import Workload, run_benchmark
+from export_vq.files import write_text
 from export_vq.forms import head_nodes
 from export_vq.graph import head_graph
 from export_vq.head import VQHead
 from export_vq.head_output import HeadOutput
+from export_vq.plots import latency_svg
 from export_vq.records import BenchReport
 from export_vq.rival_graphs import GROUP, integer_graph
 from export_vq.runners import OrtRunner, native_library
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each way, batch size and cache state")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="rows of hidden states")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
-    parser.add_argument("-o", "--output", type=Path, help="write all timings there as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="write all timings there as JSON, and a plot beside it")
     args = parser.parse_args()
     if native_library() is None:
         parser.exit(
@@ -208,6 +210,8 @@ def main() -> None:
             if args.output:
                 timings = tuple(t for r in reports for t in r.timings)
                 dataclasses.replace(report, timings=timings).save(args.output)
+                one_row = dataclasses.replace(report, timings=tuple(t for t in timings if t.batch == min(args.batches)))
+                write_text(args.output.with_suffix(".svg"), latency_svg(one_row))
 
 
 if __name__ == "__main__":

@@ -16,20 +16,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx_ir as ir
 import onnxruntime
 import torch
 
 from export_vq.bench import Workload, run_benchmark
-from export_vq.feeds import Signature
 from export_vq.files import write_text
 from export_vq.graph import head_graph
 from export_vq.head import VQHead
 from export_vq.head_output import HeadOutput
 from export_vq.plots import curves_svg
 from export_vq.records import BenchReport
-from export_vq.runners import OrtRunner, native_library
-from export_vq.workloads import head_inputs
+from export_vq.runners import native_library
+from export_vq.workloads import head_inputs, head_runner
 
 HIDDEN_SIZE, TOP_K = 768, 50
 CODES = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -60,12 +58,11 @@ def measure(subject: str, ways: dict[str, tuple[VQHead, str]], threads: int, sec
         folder = Path(stack.enter_context(TemporaryDirectory()))
         runs = {}
         for i, (name, (head, kind)) in enumerate(ways.items()):
-            file = folder / f"{i}.onnx"
-            ir.save(head_graph(head, kind, output=output), file, external_data=f"{i}.data")
-            signature = Signature((), False, output="topk")
-            runner = stack.enter_context(OrtRunner(file, signature, threads=threads, native=kind == "vq"))
-            runs[name] = runner.bound(head_inputs(head, 1, signature))
-            if kind == "vq":
+            native = kind == "vq"
+            graph = head_graph(head, kind, output=output)
+            runner = stack.enter_context(head_runner(graph, folder / f"{i}.onnx", threads=threads, native=native))
+            runs[name] = runner.bound(head_inputs(head, 1, runner.signature))
+            if native:
                 runner.demand_native()
         backend = f"ONNX Runtime {onnxruntime.__version__}"
         return run_benchmark(
