@@ -17,6 +17,8 @@ _HOME = {
     "HeadSpec": "records",
     "export_onnx": "graph",
     "ExportOptions": "graph",
+    "calibrate": "calibration",
+    "CalibrationOptions": "calibration",
     "build_engine": "engine",
     "EngineOptions": "engine",
     "load_engine": "plan",
@@ -40,6 +42,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CalibrationOptions",
     "CheckFailed",
     "CompressOptions",
     "EngineOptions",
@@ -55,6 +58,7 @@ __all__ = [
     "VQEmbedding",
     "VQHead",
     "build_engine",
+    "calibrate",
     "check_parity",
     "compress_model",
     "export_onnx",
@@ -72,6 +76,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from export_vq.bench import run_benchmark
+    from export_vq.calibration import CalibrationOptions, calibrate
     from export_vq.compress import CompressOptions, compress_model
     from export_vq.embedding import VQEmbedding
     from export_vq.engine import EngineOptions, build_engine

@@ -140,9 +140,12 @@ class OrtRunner(Closing):
         threads: int = 0,
         provider: str = "CPUExecutionProvider",
         native: bool = True,
+        fuse_quantised: bool = True,
     ) -> None:
         """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider; whether to
-        register the native kernels where they are built.
+        register the native kernels where they are built; whether products of quantised numbers may be fused. The runtime
+        (1.31) has a fused kernel for int8 and then refuses FP8 for it: without fusion FP8 is simulated, each number rounded
+        to it and multiplied in the graph's own type.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run this file on this provider.
@@ -153,6 +156,8 @@ class OrtRunner(Closing):
         options.intra_op_num_threads = threads
         # Two models, or PyTorch and a model, take turns in one process: threads that spin while idle would slow the other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not fuse_quantised:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
         self.signature = signature
         self._path = path

@@ -42,7 +42,9 @@ class TextModel(Closing):
         self._positions = config.get("max_position_embeddings") or config.get("n_positions")
         self._vocab_size = artifact.spec.vocab_size
         self._tokenizer = Tokenizer.from_str(text)
-        self._runner = OrtRunner(folder / artifact.path, signature_of(artifact), threads=threads)
+        self._runner = OrtRunner(
+            folder / artifact.path, signature_of(artifact), threads=threads, fuse_quantised=artifact.precision != "fp8"
+        )
 
     def write(self, prompt: str, options: DecodingOptions) -> Iterator[TokenEvent]:
         """Go on from a prompt. Text ends at the model's own ends too, and where its positions do ('length').

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "exporter"
 PLUGINS = ROOT / "plugins"
+CALIBRATION = ROOT / "calibration"
 
 MAY_IMPORT = {
     "contract": set(),
@@ -94,26 +95,37 @@ MAY_IMPORT = {
     "textmodel": {"checkpoint", "decoding", "errors", "feeds", "generate", "records", "runners", "validate"},
     "terminal": set(),
     "cli_generate": {"decoding", "textmodel"},
+    "calibration": {
+        "checkpoint", "contract", "engine_source", "errors", "feeds", "files", "forms", "graph", "logit_errors", "progress",
+        "quality", "records", "require", "runners", "text", "validate",
+    },
+    "cli_calibrate": {"calibration", "errors", "terminal"},
     "cli_native": {
         "bundle", "engine", "engines", "files", "graph", "load", "plugins.build", "plugins.library", "profiles",
         "records", "steps", "terminal", "wording",
     },
     "cli": {
-        "bundle", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load",
+        "bundle", "cli_calibrate", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection", "load",
         "pipeline", "report", "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
-        "bench", "compress", "embedding", "engine", "errors", "graph", "head", "load", "parity", "pipeline",
+        "bench", "calibration", "compress", "embedding", "engine", "errors", "graph", "head", "load", "parity", "pipeline",
         "plan", "quality", "records", "runners", "trim", "trt_runner", "tuning",
     },
 }  # fmt: skip
-FOLDERS = ("compress", "quality", "trim", "tuning")
+FOLDERS = ("calibration", "compress", "quality", "trim", "tuning")
 """Rooms of several files."""
 STANDARD_LIBRARY_ONLY = (
     "contract", "errors", "files", "require", "records", "bundle", "doctor",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
 )  # fmt: skip
-LIGHT = {"cli": {"click"}, "cli_generate": {"click"}, "cli_native": {"click"}, "terminal": {"rich"}}
+LIGHT = {
+    "cli": {"click"},
+    "cli_calibrate": {"click"},
+    "cli_generate": {"click"},
+    "cli_native": {"click"},
+    "terminal": {"rich"},
+}
 """Modules that must load in an environment without torch, onnx and the runtimes."""
 
 
@@ -142,7 +154,7 @@ def _imports(path, *, top_level_only=False):
     return ours, others
 
 
-FILES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *CALIBRATION.rglob("*.py"), *PLUGINS.rglob("*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
