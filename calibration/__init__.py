@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from export_vq.calibration.collect import collect
 from export_vq.calibration.documents import Material, read_material
+from export_vq.calibration.histogram import Histogram
 from export_vq.calibration.judge import compare, failures
 from export_vq.calibration.options import WITH_RANGES, CalibrationOptions
-from export_vq.calibration.products import Product, chosen, products
+from export_vq.calibration.products import chosen, products
 from export_vq.calibration.quantise import quantise
 from export_vq.calibration.ranges import magnitude
 from export_vq.calibration.sensitivity import sensitivity
@@ -32,13 +36,15 @@ RANGES = "ranges"
 """Folder in the output folder that keeps what calibration runs counted."""
 PROBED = 1
 """Blocks of the calibration text that a layer's sensitivity is measured on."""
+DENSE_HEAD = "lm_head.weight"
+"""The dense twin's output layer is quantised like any other: what a VQ head is honestly held against."""
 
 
 def calibrate(folder: Path, options: CalibrationOptions, progress: Progress) -> CalibrationReport:
     """Quantise the graph of an output folder, into `<folder>/<precision>`, and measure what that costs.
 
     The new folder holds what the old one did, so `generate`, `build` and ONNX Runtime take it as they take that, and
-    `calibration.json`, the report. Ranges that were counted stay in `<folder>/ranges`, for other precisions and methods.
+    `calibration.json`, the report. The dense twin, where it is there, is quantised in the same way, its output layer too. Ranges that were counted stay in `<folder>/ranges`, for other precisions and methods.
 
     Args:
         folder: what `export-vq export` or the main job wrote.
@@ -57,6 +63,18 @@ def calibrate(folder: Path, options: CalibrationOptions, progress: Progress) -> 
     return _Run(source, material, options, progress).report()
 
 
+@dataclass(frozen=True)
+class _Decisions:
+    """What is quantised, and with which numbers: names of products; whose outliers move, and the largest magnitudes [D] that
+    say how far; ranges of inputs by name; what each product costs alone."""
+
+    names: list[str]
+    smoothed: list[str] = field(default_factory=list)
+    largest: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    magnitudes: dict[str, float] = field(default_factory=dict)
+    costs: tuple[LayerDivergence, ...] = ()
+
+
 class _Run:
     """One call of `calibrate`."""
 
@@ -68,9 +86,16 @@ class _Run:
 
     def report(self) -> CalibrationReport:
         options, source = self.options, self.source
-        model, kept, layers, costs = self._quantised()
+        decisions = self._decided()
         target = source.folder / options.precision
-        artifact = self._write(model, target)
+        model, names, kept = self._quantised(source.graph, decisions)
+        artifact = self._write(model, source.artifact, target)
+        if source.dense is not None:
+            dense, _, _ = self._quantised(source.dense, decisions)
+            self._write(dense, OnnxArtifact.load(source.folder / "dense.onnx.json"), target)
+        for name in TEXTS:
+            if (source.folder / name).is_file():
+                write_text(target / name, (source.folder / name).read_text(encoding="utf-8"))
         stats = self._judge(artifact, target)
         report = CalibrationReport(
             path=artifact.path,
@@ -83,8 +108,8 @@ class _Run:
             samples=len(self.material.calibration),
             documents=self.material.documents,
             document_sha256=self.material.sha256,
-            quantised=len(layers),
-            kept=tuple(kept),
+            quantised=len(names),
+            kept=kept,
             total=stats,
             limits=options.limits,
             failures=failures(stats, options.limits),
@@ -92,7 +117,7 @@ class _Run:
             source_bytes=source.artifact.num_bytes,
             source_sha256=self.graph_sha256,
             versions={name: version(name) for name in ("export-vq", "onnx", "numpy")},
-            sensitivity=costs,
+            sensitivity=decisions.costs,
             notes=tuple(self.notes),
         )
         report.save(target / REPORT)
@@ -102,39 +127,59 @@ class _Run:
     def _alpha(self) -> float:
         return self.options.smooth if self.options.precision == "int8" else 0.0
 
-    def _quantised(self) -> tuple[ir.Model, list[str], list[Product], tuple[LayerDivergence, ...]]:
-        """The graph quantised, the names that were kept, the products that were not, and what each costs alone."""
-        options = self.options
-        model = self.source.graph.clone()
+    def _decided(self) -> _Decisions:
+        """What to do, found on the VQ graph; its dense twin is treated in the same way."""
+        options, graph = self.options, self.source.graph
         wanted = [] if options.keep.startswith("auto:") else [name for name in options.keep.split(",") if name]
-        layers = chosen(products(model), wanted, head=options.quantise_head)
+        names = [p.name for p in chosen(products(graph), wanted, head=options.quantise_head)]
+        decisions = _Decisions(names)
         if self._alpha:
-            seen = self._counted(in_plain_form(self.source.graph), layers, {})
-            done = smooth(model, layers, {name: h.channels for name, h in seen.items()}, self._alpha)
-            self.notes.append(f"outliers of {done} of {len(seen)} inputs moved into the weights, alpha {self._alpha}")
-            layers = chosen(products(model), wanted, head=options.quantise_head)
-        magnitudes: dict[str, float] = {}
+            seen = self._counted(graph, names, {})
+            largest = {name: histogram.channels for name, histogram in seen.items()}
+            decisions = dataclasses.replace(decisions, smoothed=names, largest=largest)
+        smoothed = graph.clone()
+        self._smooth(smoothed, decisions)
         if options.precision in WITH_RANGES:
-            made = {"smooth": [self._alpha, [layer.name for layer in layers]]} if self._alpha else {}
-            seen = self._counted(in_plain_form(model), layers, made)
+            made = {"smooth": [self._alpha, names]} if self._alpha else {}
+            seen = self._counted(smoothed, names, made)
             magnitudes = {name: magnitude(h, options.method, options.precision) for name, h in seen.items()}
-        costs: tuple[LayerDivergence, ...] = ()
+            decisions = dataclasses.replace(decisions, magnitudes=magnitudes)
         if options.sensitivity or options.kept_most_sensitive:
-            costs = self._costs(model, layers, magnitudes)
+            costs = self._costs(smoothed, decisions)
             spared = {cost.name for cost in costs if cost.kept}
-            layers = [layer for layer in layers if layer.name not in spared]
-        left = quantise(model, layers, options, magnitudes)
-        if left:
-            self.notes.append(f"left as they are, their sizes are no multiple of {options.block}: {', '.join(left)}")
-        layers = [layer for layer in layers if layer.name not in left]
-        names = {layer.name for layer in layers}
-        kept = [p.name for p in products(self.source.graph) if p.name not in names]
-        return model, kept, layers, costs
+            left = [name for name in names if name not in spared]
+            decisions = dataclasses.replace(decisions, names=left, costs=costs)
+        return decisions
 
-    def _counted(self, model: ir.Model, layers: list[Product], made: dict[str, Any]) -> dict[str, Any]:
+    def _smooth(self, model: ir.Model, decisions: _Decisions) -> None:
+        names = set(decisions.smoothed)
+        layers = [p for p in products(model) if p.name in names and not p.is_head]
+        done = smooth(model, layers, decisions.largest, self._alpha) if layers else 0
+        if layers and not self.notes:
+            inputs = len({layer.activation for layer in layers})
+            self.notes.append(f"outliers of {done} of {inputs} inputs moved into the weights, alpha {self._alpha}")
+
+    def _quantised(self, graph: ir.Model, decisions: _Decisions) -> tuple[ir.Model, list[str], tuple[str, ...]]:
+        """A graph quantised as decided; the names that were, and those that were not."""
+        model = graph.clone()
+        self._smooth(model, decisions)
+        everything = products(model)
+        wanted = {*decisions.names, DENSE_HEAD}
+        left = quantise(model, [p for p in everything if p.name in wanted], self.options, decisions.magnitudes)
+        names = [p.name for p in everything if p.name in wanted and p.name not in left]
+        if left:
+            note = f"left as they are, their sizes are no multiple of {self.options.block}: {', '.join(left)}"
+            self.notes += [note] * (note not in self.notes)
+        return model, names, tuple(p.name for p in everything if p.name not in names)
+
+    def _counted(self, graph: ir.Model, names: list[str], made: dict[str, Any]) -> dict[str, Histogram]:
+        model = in_plain_form(graph)
         taps: dict[str, str] = {}
-        for layer in layers:
-            taps.setdefault(str(layer.activation.name), layer.name)
+        for layer in products(model):
+            if layer.name in names:
+                taps.setdefault(str(layer.activation.name), layer.name)
+        if self.source.dense is not None:
+            taps |= {str(p.activation.name): p.name for p in products(self.source.dense) if p.name == DENSE_HEAD}
         with self.progress.step("ranges") as tell:
             return collect(
                 model,
@@ -147,15 +192,13 @@ class _Run:
                 tell=lambda part: tell("ranges", part),
             )
 
-    def _costs(
-        self, model: ir.Model, layers: list[Product], magnitudes: dict[str, float]
-    ) -> tuple[LayerDivergence, ...]:
+    def _costs(self, graph: ir.Model, decisions: _Decisions) -> tuple[LayerDivergence, ...]:
         with self.progress.step("sensitivity") as tell:
             found = sensitivity(
-                in_plain_form(model),
-                layers,
+                in_plain_form(graph),
+                decisions.names,
                 self.options,
-                magnitudes,
+                decisions.magnitudes,
                 self.signature,
                 self.material.calibration[:PROBED],
                 self.source.folder,
@@ -165,16 +208,11 @@ class _Run:
         kept = set(order[: self.options.kept_most_sensitive])
         return tuple(LayerDivergence(name, found[name], name in kept) for name in order)
 
-    def _write(self, model: ir.Model, target: Path) -> OnnxArtifact:
-        source = self.source
+    def _write(self, model: ir.Model, exported: OnnxArtifact, target: Path) -> OnnxArtifact:
         target.mkdir(parents=True, exist_ok=True)
-        artifact = dataclasses.replace(source.artifact, precision=self.options.precision, file_sha256={})
-        with self.progress.step("write"):
-            done = write_graph(model, target, artifact)
-            for name in TEXTS:
-                if (source.folder / name).is_file():
-                    write_text(target / name, (source.folder / name).read_text(encoding="utf-8"))
-        return done
+        artifact = dataclasses.replace(exported, precision=self.options.precision, file_sha256={})
+        with self.progress.step(f"write {artifact.path}"):
+            return write_graph(model, target, artifact)
 
     def _judge(self, artifact: OnnxArtifact, target: Path) -> ErrorStats:
         threads = self.options.threads
@@ -185,7 +223,7 @@ class _Run:
                 target / artifact.path,
                 signature_of(artifact),
                 threads=threads,
-                fuse_quantised=self.options.precision != "fp8",
+                fuse_quantised=artifact.fusible,
             ) as candidate,
         ):
             return compare(reference, candidate, self.material.test, lambda part: tell("test", part))

@@ -30,7 +30,7 @@ SWITCHES = "calibrate.switches"
 
 def sensitivity(
     model: ir.Model,
-    layers: Sequence[Product],
+    names: Sequence[str],
     options: CalibrationOptions,
     magnitudes: Mapping[str, float],
     signature: fd.Signature,
@@ -42,7 +42,7 @@ def sensitivity(
 
     Args:
         model: standard ops only, with `logits`; gains switches.
-        layers: products to try, of any copy of the graph.
+        names: of the products to try.
         options: `precision`, `block`, `runtime`, `threads` count.
         magnitudes: of each input by name, where the precision rounds inputs.
         signature: of the graph.
@@ -50,8 +50,7 @@ def sensitivity(
         folder: an existing one for scratch.
         tell: called with the fraction done.
     """
-    mine = {p.name: p for p in products(model)}
-    tried = [mine[layer.name] for layer in layers]
+    tried = [p for p in products(model) if p.name in names]
     _add_switches(model, tried, options.precision, magnitudes)
     totals = dict.fromkeys((layer.name for layer in tried), 0.0)
     with (

@@ -25,11 +25,12 @@ TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 
 @dataclass(frozen=True)
 class Source:
-    """An exported model: its graph in the portable form, its tokenizer, and how many positions it has."""
+    """An exported model: its graph as it is on disk, the dense twin's where it is there, its tokenizer, its positions."""
 
     folder: Path
     artifact: OnnxArtifact
     graph: ir.Model
+    dense: ir.Model | None
     tokenizer: Any
     positions: int
 
@@ -73,7 +74,8 @@ def open_source(folder: Path, options: CalibrationOptions) -> Source:
     check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
     config = read_json(folder / "config.json")
     positions = config.get("max_position_embeddings") or config.get("n_positions") or options.width
-    return Source(folder, artifact, graph, Tokenizer.from_str(text), int(positions))
+    dense = read_graph(folder / "dense.onnx") if (folder / "dense.onnx").is_file() else None
+    return Source(folder, artifact, graph, dense, Tokenizer.from_str(text), int(positions))
 
 
 def in_plain_form(model: ir.Model) -> ir.Model:

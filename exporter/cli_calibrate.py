@@ -84,11 +84,14 @@ def calibrate(folder: Path, head: str, block: str, as_json: bool, **chosen: Any)
     It is tested on documents that it was not calibrated on. Ranges that were counted stay in FOLDER/ranges and are used
     again, for other precisions and methods too; a run that was stopped goes on when repeated.
     """
+    from export_vq.calibrated import refresh_report
     from export_vq.calibration import CalibrationOptions
     from export_vq.calibration import calibrate as quantised
 
     options = CalibrationOptions(**chosen, block=int(block), quantise_head=head == "quantise")
     report = quantised(folder, options, Steps())
+    if refresh_report(folder):
+        console.print(f"report: {folder / 'report.html'}")
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:

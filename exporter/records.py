@@ -158,6 +158,11 @@ class OnnxArtifact(Record):
     precision: str = ""
     """What calibrate made of the weights, and of the activations: 'int8', 'fp8', 'w8' or 'int4'; '' as exported."""
 
+    @property
+    def fusible(self) -> bool:
+        """Whether ONNX Runtime's fused kernels for quantised products compute what the graph says: those of int8 do."""
+        return self.precision in ("", "int8")
+
 
 @dataclass(frozen=True)
 class ErrorStats(Record):

@@ -144,8 +144,8 @@ class OrtRunner(Closing):
     ) -> None:
         """Args: an .onnx file; its signature; intra-op threads (0: the runtime's choice); the execution provider; whether to
         register the native kernels where they are built; whether products of quantised numbers may be fused. The runtime
-        (1.31) has a fused kernel for int8 and then refuses FP8 for it: without fusion FP8 is simulated, each number rounded
-        to it and multiplied in the graph's own type.
+        (1.31) also fuses where its kernels compute something else: it refuses FP8 then, and rounds the input of a product
+        whose weight alone is int8. Without fusion each number is rounded as the graph says, and multiplied in its type.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run this file on this provider.

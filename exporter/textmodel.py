@@ -43,7 +43,7 @@ class TextModel(Closing):
         self._vocab_size = artifact.spec.vocab_size
         self._tokenizer = Tokenizer.from_str(text)
         self._runner = OrtRunner(
-            folder / artifact.path, signature_of(artifact), threads=threads, fuse_quantised=artifact.precision != "fp8"
+            folder / artifact.path, signature_of(artifact), threads=threads, fuse_quantised=artifact.fusible
         )
 
     def write(self, prompt: str, options: DecodingOptions) -> Iterator[TokenEvent]:

@@ -88,7 +88,7 @@ MAY_IMPORT = {
         "bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner", "workloads",
     },
     "pipeline": {
-        "bench", "bundle", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
+        "bench", "bundle", "calibrated", "engine_steps", "errors", "feeds", "files", "generate", "graph", "load",
         "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
@@ -99,7 +99,8 @@ MAY_IMPORT = {
         "checkpoint", "contract", "engine_source", "errors", "feeds", "files", "forms", "graph", "logit_errors", "progress",
         "quality", "records", "require", "runners", "text", "validate",
     },
-    "cli_calibrate": {"calibration", "errors", "terminal"},
+    "calibrated": {"bundle", "files", "records", "report"},
+    "cli_calibrate": {"calibrated", "calibration", "errors", "terminal"},
     "cli_native": {
         "bundle", "engine", "engines", "files", "graph", "load", "plugins.build", "plugins.library", "profiles",
         "records", "steps", "terminal", "wording",
