@@ -17,6 +17,8 @@ _HOME = {
     "HeadSpec": "records",
     "export_onnx": "graph",
     "ExportOptions": "graph",
+    "calibrate": "calibration",
+    "CalibrationOptions": "calibration",
     "build_engine": "engine",
     "EngineOptions": "engine",
     "load_engine": "plan",
@@ -44,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CalibrationOptions",
     "CheckFailed",
     "CompressOptions",
     "DecodingOptions",
@@ -62,6 +65,7 @@ __all__ = [
     "VQEmbedding",
     "VQHead",
     "build_engine",
+    "calibrate",
     "check_parity",
     "compress_model",
     "export_onnx",
@@ -80,6 +84,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from export_vq.bench import run_benchmark
+    from export_vq.calibration import CalibrationOptions, calibrate
     from export_vq.compress import CompressOptions, compress_model
     from export_vq.decoding import DecodingOptions
     from export_vq.embedding import VQEmbedding

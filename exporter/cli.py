@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from export_vq.cli_bundle import print_bundle
+from export_vq.cli_calibrate import calibrate
 from export_vq.cli_generate import generate
 from export_vq.cli_native import build, plugins, print_engine
 from export_vq.errors import CheckFailed, UserError
@@ -458,6 +459,7 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(build)
+cli.add_command(calibrate)
 cli.add_command(generate)
 cli.add_command(plugins)
 

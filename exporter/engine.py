@@ -270,6 +270,7 @@ def _refusable(job: _Job, refusal: str, do: Callable[[], Any]) -> Any:
 
 def _check(job: _Job, found: proof.Layers) -> None:
     proof.check_layers(found, job.source.kind, job.source.dtype, job.source.nodes)
+    proof.check_quantised(found, job.source.kind, job.source.quantised)
 
 
 def _check_outputs(job: _Job, network: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from export_vq.profiles import Shape
 
 KINDS = ("vq-plugin", "vq-plain", "dense")
 _DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+_LOW = {ir.DataType.FLOAT8E4M3FN: "fp8"}
 _ALWAYS_FLOAT = {*contract.TOP_K_OUTPUTS, *contract.SAMPLE_OUTPUTS}
 
 
 class EngineSource:
     """A graph of type `dtype` with VQ nodes named `nodes`; `inputs` maps each input to its dimensions, dynamic ones by name,
-    `output_dtypes` each floating-point output to the type it is meant to have."""
+    `output_dtypes` each floating-point output to the type it is meant to have. `quantised` counts the nodes that quantise
+    or dequantise, by type: 'int8', 'fp8' or 'int4'."""
 
     def __init__(self, path: Path, kind: str) -> None:
         """Args: model.onnx in portable or plugin form, dense.onnx, or a head alone; one of KINDS.
@@ -39,8 +42,13 @@ class EngineSource:
         self.nodes = tuple(str(node.name) for node in nodes)
         if kind == "dense" and nodes:
             raise UserError(f"{path}: holds a {nodes[0].op_type} node, so it is no dense graph; give dense.onnx")
+        if any(node.op_type == "MatMulNBits" for node in self.model.graph):
+            raise UserError(
+                f"{path}: was quantised for ONNX Runtime (its node MatMulNBits); run export-vq calibrate with --runtime tensorrt"
+            )
         if kind != "dense":
             self._convert()
+        self.quantised = dict(Counter(filter(None, map(_quantised_type, self.model.graph))))
         self.inputs = {str(v.name): _dims(v) for v in self.model.graph.inputs}
         self.outputs = tuple(str(v.name) for v in self.model.graph.outputs)
         self.dtype = _dtype(path, self.model)
@@ -99,6 +107,15 @@ class EngineSource:
         """(KV heads, head_dim) of each layer's cache; empty for a head alone."""
         keys = [shape for name, shape in self.inputs.items() if name.startswith("past_key_values.") and ".key" in name]
         return tuple((int(shape[1]), int(shape[3])) for shape in keys)
+
+
+def _quantised_type(node: ir.Node) -> str | None:
+    """The type that a node quantises to or dequantises from; None of other nodes."""
+    low = {"QuantizeLinear": node.outputs, "DequantizeLinear": node.inputs}.get(node.op_type)
+    value = low[0] if low else None
+    constant = None if value is None else value.const_value
+    dtype = constant.dtype if constant is not None else None if value is None else value.dtype
+    return None if dtype is None else _LOW.get(dtype, dtype.name.lower())
 
 
 def _dims(value: ir.Value) -> Shape:

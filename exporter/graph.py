@@ -32,6 +32,7 @@ and the dense layers are then built in their places (layers.py), so that the two
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import hashlib
@@ -347,10 +348,23 @@ def _trace(
         model.set_input_embeddings(embedding)  # type: ignore[operator]
     assert exported is not None
     graph = exported.model
+    _name_products(graph)
     _simplify(graph)
     _rename(graph, positions is not None)
     graph.producer_name, graph.producer_version = "export-vq", version("export-vq")
     return graph
+
+
+def _name_products(model: ir.Model) -> None:
+    """Products with weights are called after their modules, as `model.layers.0.mlp.down_proj`: the names by which
+    quantisation reports them and is told to spare them."""
+    taken = set()
+    for node in model.graph:
+        *_, module, call = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+        name = module.removeprefix("causal_lm.")
+        if node.op_type in ("MatMul", "Gemm") and call.startswith(("linear", "addmm")) and name not in taken:
+            node.name = name
+            taken.add(name)
 
 
 def _simplify(model: ir.Model) -> None:

@@ -20,6 +20,7 @@ import torch
 from export_vq import genai, parity
 from export_vq.bench import device_name, run_benchmark
 from export_vq.bundle import Bundle
+from export_vq.calibrated import calibrations
 from export_vq.engine_steps import bench_engines, make_engines, sidecar
 from export_vq.errors import UserError
 from export_vq.feeds import Runner
@@ -186,6 +187,7 @@ class _Run:
             continuation=written.text,
             engines=engines,
             engine_bench=engine_bench,
+            calibrations=calibrations(bundle.folder),
             not_done=tuple(self.not_done),
             versions={name: version(name) for name in ("export-vq", "torch", "transformers", "onnx", "numpy")}
             | ({"onnxruntime": version_of("onnxruntime")} if runs else {}),

@@ -41,6 +41,8 @@ KIND_STYLES = {
     "dense": ("#64748b", "p"),
 }
 """Colour and marker of each kind of output layer: told apart without colours too, and seen on white and on black."""
+MOST_LAYERS = 12
+"""Layers of a precision that its plot shows."""
 _LABEL_INCHES, _BAR_INCHES, _GAP_INCHES, _AXIS_INCHES = 0.25, 0.21, 0.13, 0.55
 
 
@@ -272,6 +274,21 @@ def _of_quality(against: str) -> Callable[[Figure, RunReport], None]:
     return draw
 
 
+def _draw_sensitivity(figure: Figure, report: RunReport) -> None:
+    """Of each precision, the layers that cost most when they alone are quantised."""
+    panels = []
+    for made in report.calibrations:
+        rows = [
+            (
+                cost.name,
+                [_Bar(1e3 * cost.kl, GREY if cost.kept else ACCENT, f"{number(1e3 * cost.kl)}{', kept' * cost.kept}")],
+            )
+            for cost in made.sensitivity[:MOST_LAYERS]
+        ]
+        panels += [(f"{made.precision}: KL in thousandths of a nat", rows)] * bool(rows)
+    _draw_bars(figure, panels)
+
+
 def _short(name: str, length: int = 38) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
@@ -281,6 +298,7 @@ _DRAW: dict[str, Callable[[Figure, RunReport], None]] = {
     "errors": _draw_errors,
     "agreement": _draw_agreement,
     "bytes": _draw_bytes,
+    "sensitivity": _draw_sensitivity,
     "frontier-bytes": _of_quality("bytes"),
     "frontier-time": _of_quality("time"),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from export_vq import contract
@@ -22,23 +22,35 @@ _WRITTEN = {
     "int64": ("int64",),
 }
 """How the engine inspector writes a type, by version; in this order, as some words hold others."""
+_LOW = ("int8", "fp8", "int4")
+"""Types that only a quantised graph brings."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers by type, and those that a plugin computes. `source` is 'network' or 'engine'."""
+    """Layers by type, and those that a plugin computes. `source` is 'network' or 'engine'.
+
+    `quantised` counts by type, 'int8', 'fp8' or 'int4': of a network its quantising and dequantising layers, of an engine,
+    where these are fused into others, all layers with a tensor of that type.
+    """
 
     source: str
     counts: dict[str, int]
     plugins: tuple[PluginLayer, ...]
+    quantised: dict[str, int] = field(default_factory=dict)
 
 
 def network_layers(trt: Any, network: Any) -> Layers:
     """The layers of a parsed network."""
     counts: Counter[str] = Counter()
+    quantised: Counter[str] = Counter()
     plugins = []
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         counts[layer.type.name.lower()] += 1
+        if layer.type == trt.LayerType.QUANTIZE:
+            quantised[layer.get_output(0).dtype.name.lower()] += 1
+        elif layer.type == trt.LayerType.DEQUANTIZE:
+            quantised[layer.get_input(0).dtype.name.lower()] += 1
         if layer.type == trt.LayerType.PLUGIN_V3:
             layer.__class__ = trt.IPluginV3Layer  # the bindings hand out the base class
             core = layer.plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
@@ -55,7 +67,7 @@ def network_layers(trt: Any, network: Any) -> Layers:
                     output_dtypes=tuple(layer.get_output(i).dtype.name.lower() for i in range(layer.num_outputs)),
                 )
             )
-    return Layers("network", dict(sorted(counts.items())), tuple(plugins))
+    return Layers("network", dict(sorted(counts.items())), tuple(plugins), dict(quantised))
 
 
 def engine_layers(trt: Any, engine: Any) -> Layers:
@@ -67,10 +79,14 @@ def engine_layers(trt: Any, engine: Any) -> Layers:
 def read_layers(text: str) -> Layers:
     """The layers in an inspector's JSON: of each 'LayerType', and where that is a plugin's, what its entry tells."""
     counts: Counter[str] = Counter()
+    quantised: Counter[str] = Counter()
     plugins = []
     for layer in json.loads(text)["Layers"]:
         kind = str(layer.get("LayerType", "")).lower() if isinstance(layer, dict) else "unknown"
         counts[kind] += 1
+        if isinstance(layer, dict):
+            tensors = " ".join(map(_formats, [*layer.get("Inputs", []), *layer.get("Outputs", [])]))
+            quantised.update(name for name in _LOW if name in tensors)
         if "plugin" in kind:
             # Versions differ in where they put the name: PluginType, the layer's name, or its metadata.
             told = json.dumps(layer)
@@ -84,7 +100,31 @@ def read_layers(text: str) -> Layers:
                     output_dtypes=_dtypes(layer.get("Outputs", [])),
                 )
             )
-    return Layers("engine", dict(sorted(counts.items())), tuple(plugins))
+    return Layers("engine", dict(sorted(counts.items())), tuple(plugins), dict(quantised))
+
+
+def check_quantised(found: Layers, kind: str, meant: Mapping[str, int]) -> None:
+    """Hold the layers to what the graph quantises.
+
+    Args:
+        found: of the network or the engine.
+        kind: of the engine, for the message.
+        meant: QuantizeLinear and DequantizeLinear nodes of the graph by type, as in `Layers.quantised`. A network has as
+            many; an engine, where they are fused, computes in that type somewhere.
+
+    Raises:
+        CheckFailed: the types are not there, or others are.
+    """
+    fits = found.quantised == dict(meant) if found.source == "network" else set(meant) <= set(found.quantised)
+    if not fits:
+        raise CheckFailed(
+            f"{kind}: {_said(meant)} quantised were meant, the {found.source} has {_said(found.quantised)}; it would "
+            "compute in another precision than was measured"
+        )
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
 def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> None:
@@ -126,10 +166,15 @@ def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> 
             raise CheckFailed(f"{kind}: the plugin was meant to compute in {dtype}, the {found.source} has {said}")
 
 
+def _formats(tensor: dict[str, Any]) -> str:
+    """What an inspector's entry tells of a tensor besides its name and size, lower case."""
+    return " ".join(str(value) for key, value in tensor.items() if key not in ("Name", "Dimensions")).lower()
+
+
 def _dtypes(tensors: list[dict[str, Any]]) -> tuple[str, ...]:
     """TensorRT's short type names out of the inspector's 'Format/Datatype' texts; empty when it tells none."""
     found = []
     for tensor in tensors:
-        text = " ".join(str(value) for key, value in tensor.items() if key not in ("Name", "Dimensions")).lower()
+        text = _formats(tensor)
         found.append(next((name for name, words in _WRITTEN.items() if any(w in text for w in words)), ""))
     return tuple(found) if any(found) else ()

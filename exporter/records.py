@@ -155,6 +155,13 @@ class OnnxArtifact(Record):
     """How many tokens a 'topk' graph gives."""
     last_token: bool = False
     """The head gives it of the last position only."""
+    precision: str = ""
+    """What calibrate made of the weights, and of the activations: 'int8', 'fp8', 'w8' or 'int4'; '' as exported."""
+
+    @property
+    def fusible(self) -> bool:
+        """Whether ONNX Runtime's fused kernels for quantised products compute what the graph says: those of int8 do."""
+        return self.precision in ("", "int8")
 
 
 @dataclass(frozen=True)
@@ -442,6 +449,61 @@ class QualityReport(Record):
 
 
 @dataclass(frozen=True)
+class LayerDivergence(Record):
+    """What one layer costs when it alone is quantised: mean KL in nats of the unquantised distribution from the other."""
+
+    name: str
+    kl: float
+    kept: bool
+    """It was left as it was."""
+
+
+@dataclass(frozen=True)
+class CalibrationReport(Record):
+    """A quantised graph, how it was made, and what that cost on documents that it was not made with. Truthy when every
+    limit holds.
+
+    `path` is the graph's file name relative to the report. `method` is how ranges were chosen, '' where weights alone are
+    quantised; `block` how many weights share a scale, 0 for one a channel; `smooth` the strength of migration, 0 for none.
+    `documents` counts those calibrated on and those tested on, which `document_sha256` are of. `total.perplexity_reference`
+    is the unquantised VQ graph's.
+    """
+
+    path: str
+    precision: str
+    runtime: str
+    method: str
+    block: int
+    smooth: float
+    head: str
+    samples: int
+    documents: tuple[int, int]
+    document_sha256: tuple[str, str]
+    quantised: int
+    """Products with weights that were quantised."""
+    kept: tuple[str, ...]
+    """Those that were not."""
+    total: ErrorStats
+    limits: dict[str, float]
+    failures: tuple[str, ...]
+    num_bytes: int
+    source_bytes: int
+    source_sha256: str
+    versions: dict[str, str]
+    sensitivity: tuple[LayerDivergence, ...] = ()
+    """By falling KL; empty where it was not measured."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative: 0.01 is one percent worse than the unquantised graph."""
+        return self.total.perplexity_candidate / self.total.perplexity_reference - 1
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
+@dataclass(frozen=True)
 class RunReport(Record):
     """Everything one run of the main job found: report.json."""
 
@@ -464,6 +526,8 @@ class RunReport(Record):
     engine_bench: BenchReport | None = None
     quality: QualityReport | None = None
     """This model beside the dense original and its integer forms, on one text; None where either was not given."""
+    calibrations: tuple[CalibrationReport, ...] = ()
+    """The quantised graphs that `calibrate` made of this one."""
 
     @property
     def gap(self) -> TextQuality | None:

@@ -13,6 +13,7 @@ from export_vq.plots import plot
 from export_vq.records import QualityReport, RunReport
 from export_vq.wording import (
     allowed_error,
+    calibration_table,
     change,
     engine_sentence,
     error_quantile,
@@ -60,6 +61,7 @@ def render_html(report: RunReport) -> str:
         parts=head_parts(report.spec),
         quantile=error_quantile,
         allowed=allowed_error,
+        calibration_table=calibration_table,
         quality_groups=quality_groups,
         quality_table=quality_table,
         quality_by_text=quality_by_text,
@@ -94,6 +96,11 @@ def render_summary(report: RunReport) -> str:
     lines += [f"- speed: {sentence}" for sentence in speed_sentences(report.bench) or ("not measured",)]
     lines += [f"- engine: {engine_sentence(engine)}" for engine in report.engines]
     lines += [f"- speed of engines: {sentence}" for sentence in speed_sentences(report.engine_bench)]
+    lines += [
+        f"- {made.precision}: perplexity {change(made.perplexity_increase)} against the unquantised graph, "
+        f"{size(made.num_bytes)} of {size(made.source_bytes)}{'' if made else ', above its limits'}"
+        for made in report.calibrations
+    ]
     lines.append(f"- size: {size_sentence(report)}")
     if report.continuation:
         lines.append(f"- the model writes: {report.prompt}|{report.continuation}")

@@ -143,6 +143,7 @@ class OrtRunner(Closing):
         native: bool = True,
         bundle: Path | None = None,
         edited: ir.Model | None = None,
+        fuse_quantised: bool = True,
     ) -> None:
         """Open a session.
 
@@ -154,6 +155,9 @@ class OrtRunner(Closing):
             native: whether to register the native kernels where they are built, or brought along by `bundle`.
             bundle: the output folder that the file lies in, where it is one.
             edited: the graph of that file, changed since; its head's constants and large weights are the file's.
+            fuse_quantised: whether products of quantised numbers may be fused. The runtime (1.31) also fuses where its
+                kernels compute something else: it refuses FP8 then, and rounds the input of a product whose weight alone
+                is int8. Without fusion each number is rounded as the graph says, and multiplied in its type.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run this file on this provider; or the bundle's library is
@@ -165,6 +169,8 @@ class OrtRunner(Closing):
         options.intra_op_num_threads = threads
         # Two models, or PyTorch and a model, take turns in one process: threads that spin while idle would slow the other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not fuse_quantised:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
         self.signature = signature
         self._path = path

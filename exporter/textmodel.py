@@ -101,9 +101,9 @@ def _runner(folder: Path, artifact: OnnxArtifact, threads: int) -> OrtRunner:
     graph = read_graph(file)
     output = end_in_top_k(graph, artifact)
     if output is None:
-        return OrtRunner(file, signature, threads=threads, bundle=folder)
+        return OrtRunner(file, signature, threads=threads, bundle=folder, fuse_quantised=artifact.fusible)
     signature = dataclasses.replace(signature, output=output.word, top_k=output.top_k, last_token=output.last_token)
-    return OrtRunner(file, signature, threads=threads, bundle=folder, edited=graph)
+    return OrtRunner(file, signature, threads=threads, bundle=folder, edited=graph, fuse_quantised=artifact.fusible)
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:

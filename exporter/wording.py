@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from export_vq.records import (
     BenchReport,
+    CalibrationReport,
     EngineArtifact,
     ErrorStats,
     HeadQuality,
@@ -281,3 +283,23 @@ def times(ratio: float) -> str:
 def printable(text: str) -> str:
     """The text on one line, without what could steer a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def calibration_table(reports: Sequence[CalibrationReport]) -> list[list[str]]:
+    """A header, and a row for each quantised graph."""
+    header = ["precision", "size", "perplexity", "increase", "allowed", "KL mean", "top-1", "layers", "verdict"]
+    rows = [
+        [
+            made.precision,
+            f"{size(made.num_bytes)} of {size(made.source_bytes)}",
+            number(made.total.perplexity_candidate),
+            change(made.perplexity_increase),
+            change(made.limits["perplexity_increase"]),
+            number(made.total.kl_mean),
+            share(made.total.top1_agreement),
+            f"{made.quantised} quantised, {len(made.kept)} kept",
+            "pass" if made else "fail",
+        ]
+        for made in reports
+    ]
+    return [header, *rows]

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "exporter"
 PLUGINS = ROOT / "plugins"
+CALIBRATION = ROOT / "calibration"
 
 MAY_IMPORT = {
     "contract": set(),
@@ -93,7 +94,7 @@ MAY_IMPORT = {
         "bench", "engine", "engines", "errors", "feeds", "progress", "records", "trt", "trt_runner", "workloads",
     },
     "pipeline": {
-        "bench", "bundle", "engine_steps", "errors", "feeds", "files", "genai", "generate", "graph", "load",
+        "bench", "bundle", "calibrated", "engine_steps", "errors", "feeds", "files", "genai", "generate", "graph", "load",
         "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
@@ -105,20 +106,26 @@ MAY_IMPORT = {
     "terminal": set(),
     "cli_bundle": {"errors", "manifest", "terminal"},
     "cli_generate": {"decoding", "textmodel"},
+    "calibration": {
+        "checkpoint", "contract", "errors", "feeds", "files", "forms", "graph", "logit_errors", "progress",
+        "quality", "records", "require", "runners", "text", "validate",
+    },
+    "calibrated": {"bundle", "files", "records", "report"},
+    "cli_calibrate": {"calibrated", "calibration", "errors", "terminal"},
     "cli_native": {
         "bundle", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library", "profiles",
         "records", "steps", "terminal", "wording",
     },
     "cli": {
-        "bundle", "cli_bundle", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection",
-        "load", "manifest", "pipeline", "report", "steps", "terminal", "tuning", "wording",
+        "bundle", "cli_bundle", "cli_calibrate", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph",
+        "inspection", "load", "manifest", "pipeline", "report", "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
-        "bench", "compress", "decoding", "embedding", "engine", "errors", "generate", "graph", "head", "load", "parity",
-        "pipeline", "plan", "quality", "records", "runners", "textmodel", "trim", "trt_runner", "tuning",
+        "bench", "calibration", "compress", "decoding", "embedding", "engine", "errors", "generate", "graph", "head", "load",
+        "parity", "pipeline", "plan", "quality", "records", "runners", "textmodel", "trim", "trt_runner", "tuning",
     },
 }  # fmt: skip
-FOLDERS = ("compress", "quality", "trim", "tuning")
+FOLDERS = ("calibration", "compress", "quality", "trim", "tuning")
 """Rooms of several files."""
 STANDARD_LIBRARY_ONLY = (
     "contract", "errors", "files", "require", "records", "bundle", "doctor", "genai", "manifest",
@@ -127,6 +134,7 @@ STANDARD_LIBRARY_ONLY = (
 LIGHT = {
     "cli": {"click"},
     "cli_bundle": {"click"},
+    "cli_calibrate": {"click"},
     "cli_generate": {"click"},
     "cli_native": {"click"},
     "terminal": {"rich"},
@@ -159,7 +167,7 @@ def _imports(path, *, top_level_only=False):
     return ours, others
 
 
-FILES = sorted([*PACKAGE.rglob("*.py"), *PLUGINS.rglob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *CALIBRATION.rglob("*.py"), *PLUGINS.rglob("*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

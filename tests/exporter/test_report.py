@@ -19,11 +19,13 @@ from export_vq import plots, wording
 from export_vq import report as rp
 from export_vq.records import (
     BenchReport,
+    CalibrationReport,
     EngineArtifact,
     EngineProfile,
     ErrorStats,
     HeadQuality,
     HeadSpec,
+    LayerDivergence,
     OnnxArtifact,
     ParityCase,
     ParityReport,
@@ -214,6 +216,40 @@ def with_quality() -> RunReport:
     return dataclasses.replace(passing(), quality=quality())
 
 
+def calibrated(precision: str, *failures: str, name: str = "model.layers.0.mlp.down_proj") -> CalibrationReport:
+    return CalibrationReport(
+        path="model.onnx",
+        precision=precision,
+        runtime="onnxruntime",
+        method="mse",
+        block=0,
+        smooth=0.5,
+        head="as exported",
+        samples=32,
+        documents=(70, 10),
+        document_sha256=("a", "b"),
+        quantised=209,
+        kept=(name, "lm_head.codebook"),
+        total=dataclasses.replace(stats(), kl_mean=0.0042, perplexity_candidate=23.16, top1_agreement=0.957),
+        limits={"perplexity_increase": 0.01, "kl_mean": 0.00995, "top1_agreement": 0.929},
+        failures=failures,
+        num_bytes=150 << 20,
+        source_bytes=542 << 20,
+        source_sha256="c",
+        versions={},
+        sensitivity=(
+            LayerDivergence(name, 0.0123, True),
+            LayerDivergence("model.layers.3.mlp.down_proj", 0.0007, False),
+        ),
+    )
+
+
+def with_calibrations() -> RunReport:
+    return dataclasses.replace(
+        passing(), calibrations=(calibrated("int8"), calibrated("int4", "mean KL is 0.0600 nats"))
+    )
+
+
 def failing() -> RunReport:
     failure = "largest logit error is 7.55e-02 of the logit range, allowed 1e-05"
     bad = parity("model.onnx, native kernel", failures=(failure,), scale=1e6, top1=0.62)
@@ -243,6 +279,7 @@ def hostile() -> RunReport:
         continuation=HOSTILE + "\x1b[31m\n",
         not_done=(HOSTILE,),
         versions={HOSTILE: HOSTILE},
+        calibrations=(calibrated("int8", HOSTILE, name=HOSTILE),),
         quality=dataclasses.replace(
             quality(HOSTILE), dense=HOSTILE, samples=(Sample(HOSTILE, {HOSTILE: HOSTILE + "\x1b[31m"}),)
         ),
@@ -256,6 +293,7 @@ SAMPLES = {
     "hostile": hostile,
     "engines": with_engines,
     "quality": with_quality,
+    "calibrations": with_calibrations,
 }
 
 
@@ -488,6 +526,17 @@ def test_page_shows_the_quality(pages: dict[str, str]) -> None:
     assert "Quality" not in "".join(Page(pages["bare"]).text)
 
 
+def test_page_shows_the_quantised_graphs(pages: dict[str, str]) -> None:
+    text = " ".join(" ".join(Page(pages["calibrations"]).text).split())
+    assert "int8 150 MiB of 542 MiB 23.2 +1.00 % +1.0 % 0.0042 95.7 % 209 quantised, 2 kept pass" in text
+    assert "int4: mean KL is 0.0600 nats" in text
+    assert "12.3, kept" in text
+    assert "Which layers cost most" not in "".join(Page(pages["passing"]).text)
+    assert "- int4: perplexity +1.00 % against the unquantised graph, 150 MiB of 542 MiB, above its limits" in (
+        rp.render_summary(with_calibrations())
+    )
+
+
 def test_frontier_is_what_nothing_beats() -> None:
     points = wording.frontier(quality(), "bytes")
     assert [point.head.name for point in points if point.best] == ["single, K=512", "product, M=16", "INT8", "dense"]
@@ -584,7 +633,7 @@ def test_page_in_a_browser(pages: dict[str, str], tmp_path: Path, name: str) -> 
     for width, seen in zip(WIDTHS, browse(tmp_path, pages[name]), strict=True):
         assert seen["width"] in range(width - 20, width + 1)
         assert seen["scroll"] <= seen["width"], f"the page scrolls sideways at {width} px"
-        assert len(seen["plots"]) == (5 if name == "passing" else 6)
+        assert len(seen["plots"]) == {"passing": 5, "quality": 6, "hostile": 7}[name]
         assert all(w > 200 and h > 100 for w, h in seen["plots"])
         assert seen["letters"] > 9
         assert not seen["outside"]

@@ -1,0 +1,233 @@
+"""An exported model becomes a quantised one, with what that costs measured: batches -> ranges -> scales -> graph -> limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export_vq.calibration.collect import collect
+from export_vq.calibration.documents import Material, read_material
+from export_vq.calibration.histogram import Histogram
+from export_vq.calibration.judge import compare, failures
+from export_vq.calibration.options import WITH_RANGES, CalibrationOptions
+from export_vq.calibration.products import chosen, products
+from export_vq.calibration.quantise import quantise
+from export_vq.calibration.ranges import magnitude
+from export_vq.calibration.sensitivity import sensitivity
+from export_vq.calibration.smooth import smooth
+from export_vq.calibration.source import TEXTS, Source, in_plain_form, open_source
+from export_vq.files import sha256, write_text
+from export_vq.graph import write_graph
+from export_vq.progress import Progress
+from export_vq.records import CalibrationReport, ErrorStats, LayerDivergence, OnnxArtifact
+from export_vq.runners import OrtRunner, signature_of
+
+__all__ = ["CalibrationOptions", "calibrate"]
+
+REPORT = "calibration.json"
+RANGES = "ranges"
+"""Folder in the output folder that keeps what calibration runs counted."""
+PROBED = 1
+"""Blocks of the calibration text that a layer's sensitivity is measured on."""
+DENSE_HEAD = "lm_head.weight"
+"""The dense twin's output layer is quantised like any other: what a VQ head is honestly held against."""
+
+
+def calibrate(folder: Path, options: CalibrationOptions, progress: Progress) -> CalibrationReport:
+    """Quantise the graph of an output folder, into `<folder>/<precision>`, and measure what that costs.
+
+    The new folder holds what the old one did, so `generate`, `build` and ONNX Runtime take it as they take that, and
+    `calibration.json`, the report. The dense twin, where it is there, is quantised in the same way, its output layer too. Ranges that were counted stay in `<folder>/ranges`, for other precisions and methods.
+
+    Args:
+        folder: what `export-vq export` or the main job wrote.
+        options: see CalibrationOptions.
+        progress: told of every step.
+
+    Returns:
+        the report; falsy when a limit does not hold.
+
+    Raises:
+        UserError: the folder, a text or an option cannot be used.
+    """
+    source = open_source(folder, options)
+    width = min(options.width, source.positions)
+    material = read_material(options, source.tokenizer, source.artifact.spec.vocab_size, width)
+    return _Run(source, material, options, progress).report()
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """What is quantised, and with which numbers: names of products; whose outliers move, and the largest magnitudes [D] that
+    say how far; ranges of inputs by name; what each product costs alone."""
+
+    names: list[str]
+    smoothed: list[str] = field(default_factory=list)
+    largest: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    magnitudes: dict[str, float] = field(default_factory=dict)
+    costs: tuple[LayerDivergence, ...] = ()
+
+
+class _Run:
+    """One call of `calibrate`."""
+
+    def __init__(self, source: Source, material: Material, options: CalibrationOptions, progress: Progress) -> None:
+        self.source, self.material, self.options, self.progress = source, material, options, progress
+        self.signature = signature_of(source.artifact)
+        self.graph_sha256 = sha256(source.path)
+        self.notes: list[str] = []
+
+    def report(self) -> CalibrationReport:
+        options, source = self.options, self.source
+        decisions = self._decided()
+        target = source.folder / options.precision
+        model, names, kept = self._quantised(source.graph, decisions)
+        artifact = self._write(model, source.artifact, target)
+        if source.dense is not None:
+            dense, _, _ = self._quantised(source.dense, decisions)
+            self._write(dense, OnnxArtifact.load(source.folder / "dense.onnx.json"), target)
+        for name in TEXTS:
+            if (source.folder / name).is_file():
+                write_text(target / name, (source.folder / name).read_text(encoding="utf-8"))
+        stats = self._judge(artifact, target)
+        report = CalibrationReport(
+            path=artifact.path,
+            precision=options.precision,
+            runtime=options.runtime,
+            method=options.method if options.precision in WITH_RANGES else "",
+            block=options.block if _blockwise(options) else 0,
+            smooth=self._alpha,
+            head="quantised" if options.quantise_head else "as exported",
+            samples=len(self.material.calibration),
+            documents=self.material.documents,
+            document_sha256=self.material.sha256,
+            quantised=len(names),
+            kept=kept,
+            total=stats,
+            limits=options.limits,
+            failures=failures(stats, options.limits),
+            num_bytes=artifact.num_bytes,
+            source_bytes=source.artifact.num_bytes,
+            source_sha256=self.graph_sha256,
+            versions={name: version(name) for name in ("export-vq", "onnx", "numpy")},
+            sensitivity=decisions.costs,
+            notes=tuple(self.notes),
+        )
+        report.save(target / REPORT)
+        return report
+
+    @property
+    def _alpha(self) -> float:
+        return self.options.smooth if self.options.precision == "int8" else 0.0
+
+    def _decided(self) -> _Decisions:
+        """What to do, found on the VQ graph; its dense twin is treated in the same way."""
+        options, graph = self.options, self.source.graph
+        wanted = [] if options.keep.startswith("auto:") else [name for name in options.keep.split(",") if name]
+        names = [p.name for p in chosen(products(graph), wanted, head=options.quantise_head)]
+        decisions = _Decisions(names)
+        if self._alpha:
+            seen = self._counted(graph, names, {})
+            largest = {name: histogram.channels for name, histogram in seen.items()}
+            decisions = dataclasses.replace(decisions, smoothed=names, largest=largest)
+        smoothed = graph.clone()
+        self._smooth(smoothed, decisions)
+        if options.precision in WITH_RANGES:
+            made = {"smooth": [self._alpha, names]} if self._alpha else {}
+            seen = self._counted(smoothed, names, made)
+            magnitudes = {name: magnitude(h, options.method, options.precision) for name, h in seen.items()}
+            decisions = dataclasses.replace(decisions, magnitudes=magnitudes)
+        if options.sensitivity or options.kept_most_sensitive:
+            costs = self._costs(smoothed, decisions)
+            spared = {cost.name for cost in costs if cost.kept}
+            left = [name for name in names if name not in spared]
+            decisions = dataclasses.replace(decisions, names=left, costs=costs)
+        return decisions
+
+    def _smooth(self, model: ir.Model, decisions: _Decisions) -> None:
+        names = set(decisions.smoothed)
+        layers = [p for p in products(model) if p.name in names and not p.is_head]
+        done = smooth(model, layers, decisions.largest, self._alpha) if layers else 0
+        if layers and not self.notes:
+            inputs = len({layer.activation for layer in layers})
+            self.notes.append(f"outliers of {done} of {inputs} inputs moved into the weights, alpha {self._alpha}")
+
+    def _quantised(self, graph: ir.Model, decisions: _Decisions) -> tuple[ir.Model, list[str], tuple[str, ...]]:
+        """A graph quantised as decided; the names that were, and those that were not."""
+        model = graph.clone()
+        self._smooth(model, decisions)
+        everything = products(model)
+        wanted = {*decisions.names, DENSE_HEAD}
+        left = quantise(model, [p for p in everything if p.name in wanted], self.options, decisions.magnitudes)
+        names = [p.name for p in everything if p.name in wanted and p.name not in left]
+        if left:
+            note = f"left as they are, their sizes are no multiple of {self.options.block}: {', '.join(left)}"
+            self.notes += [note] * (note not in self.notes)
+        return model, names, tuple(p.name for p in everything if p.name not in names)
+
+    def _counted(self, graph: ir.Model, names: list[str], made: dict[str, Any]) -> dict[str, Histogram]:
+        model = in_plain_form(graph)
+        taps: dict[str, str] = {}
+        for layer in products(model):
+            if layer.name in names:
+                taps.setdefault(str(layer.activation.name), layer.name)
+        if self.source.dense is not None:
+            taps |= {str(p.activation.name): p.name for p in products(self.source.dense) if p.name == DENSE_HEAD}
+        with self.progress.step("ranges") as tell:
+            return collect(
+                model,
+                taps,
+                self.signature,
+                self.material.calibration,
+                self.source.folder / RANGES,
+                {"graph": self.graph_sha256, "version": version("export-vq"), **made},
+                threads=self.options.threads,
+                tell=lambda part: tell("ranges", part),
+            )
+
+    def _costs(self, graph: ir.Model, decisions: _Decisions) -> tuple[LayerDivergence, ...]:
+        with self.progress.step("sensitivity") as tell:
+            found = sensitivity(
+                in_plain_form(graph),
+                decisions.names,
+                self.options,
+                decisions.magnitudes,
+                self.signature,
+                self.material.calibration[:PROBED],
+                self.source.folder,
+                lambda part: tell("sensitivity", part),
+            )
+        order = sorted(found, key=lambda name: -found[name])
+        kept = set(order[: self.options.kept_most_sensitive])
+        return tuple(LayerDivergence(name, found[name], name in kept) for name in order)
+
+    def _write(self, model: ir.Model, exported: OnnxArtifact, target: Path) -> OnnxArtifact:
+        target.mkdir(parents=True, exist_ok=True)
+        artifact = dataclasses.replace(exported, precision=self.options.precision, file_sha256={})
+        with self.progress.step(f"write {artifact.path}"):
+            return write_graph(model, target, artifact)
+
+    def _judge(self, artifact: OnnxArtifact, target: Path) -> ErrorStats:
+        threads = self.options.threads
+        with (
+            self.progress.step("test") as tell,
+            OrtRunner(self.source.path, self.signature, threads=threads) as reference,
+            OrtRunner(
+                target / artifact.path,
+                signature_of(artifact),
+                threads=threads,
+                fuse_quantised=artifact.fusible,
+            ) as candidate,
+        ):
+            return compare(reference, candidate, self.material.test, lambda part: tell("test", part))
+
+
+def _blockwise(options: CalibrationOptions) -> bool:
+    return options.precision == "int4" or (options.precision == "w8" and options.runtime == "onnxruntime")

@@ -1,0 +1,104 @@
+"""What `calibrate` is asked for, and the limits that its results are held to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from export_vq.errors import UserError
+
+PRECISIONS = ("int8", "fp8", "w8", "int4")
+WITH_RANGES = ("int8", "fp8")
+"""Precisions that round activations too; 'w8' and 'int4' round weights alone."""
+METHODS = ("max", "percentile", "entropy", "mse")
+RUNTIMES = ("onnxruntime", "tensorrt")
+BLOCKS = (32, 64, 128)
+LEAST_OPSET = {"fp8": 19}
+"""First opset with the precision's types."""
+BLOCKS_OPSET = 21
+"""First opset whose DequantizeLinear takes blocks and int4."""
+ALLOWED_INCREASE = {"w8": 0.01, "int8": 0.01, "fp8": 0.01, "int4": 0.05}
+"""Relative increase of perplexity. 8 bits are held to 99 % of the reference, as in MLPerf Inference; 4 bits to 95 %."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to quantise.
+
+    Attributes:
+        precision: one of PRECISIONS.
+        text: UTF-8 text file or folder; `feeds` instead of it: an .npz file with `input_ids` int64 [N, S].
+        held_out: another text to test on; None: an eighth of the documents of `text`.
+        method: how a range is chosen from what was seen, one of METHODS.
+        samples: blocks of tokens to calibrate on.
+        width: tokens a block, at most.
+        test_tokens: positions to test on.
+        block: weights that share a scale ('int4', and 'w8' for ONNX Runtime), one of BLOCKS.
+        runtime: what the weight-only forms are for, one of RUNTIMES; int8 and fp8 are the same for both.
+        keep: layers to leave as they are: 'auto:N' for the N most sensitive, or names or beginnings of names with commas.
+        quantise_head: also round the codebook of a VQ head, or the matrix of a dense one.
+        smooth: SmoothQuant's alpha (int8): how much of the activations' outliers moves into the weights; 0 for none.
+        limit: allowed relative increase of perplexity; None: that of ALLOWED_INCREASE.
+        sensitivity: measure every layer alone, as 'auto:N' does anyway.
+        threads: of ONNX Runtime; 0: its own choice.
+    """
+
+    precision: str
+    text: Path | None = None
+    feeds: Path | None = None
+    held_out: Path | None = None
+    method: str = "mse"
+    samples: int = 32
+    width: int = 256
+    test_tokens: int = 4096
+    block: int = 32
+    runtime: str = "onnxruntime"
+    keep: str = ""
+    quantise_head: bool = False
+    smooth: float = 0.5
+    limit: float | None = None
+    sensitivity: bool = False
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("precision", PRECISIONS), ("method", METHODS), ("runtime", RUNTIMES), ("block", BLOCKS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"--{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, known))}; correct it"
+                )
+        if (self.text is None) == (self.feeds is None):
+            raise UserError(
+                "give what to calibrate on with --text FILE, or token ids with --feeds FILE.npz, one of them"
+            )
+        if not 0 <= self.smooth < 1:
+            raise UserError(f"--smooth is {self.smooth}, expected 0 (none) to below 1; leave it out for 0.5")
+        if self.samples < 1 or self.test_tokens < 1:
+            raise UserError("--samples and --test-tokens must be 1 or more")
+        if self.quantise_head and self.precision not in WITH_RANGES:
+            raise UserError(
+                f"--head quantise is for {' and '.join(WITH_RANGES)}: a codebook in {self.precision} has no form that "
+                "runtimes know; leave --head out"
+            )
+
+    @property
+    def kept_most_sensitive(self) -> int:
+        """N of 'auto:N', else 0."""
+        if not self.keep.startswith("auto:"):
+            return 0
+        number = self.keep.removeprefix("auto:")
+        if not number.isdecimal():
+            raise UserError(f"--keep-in-fp16 is {self.keep!r}, expected auto:N with a number, or names of layers")
+        return int(number)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Largest perplexity increase, largest mean KL, smallest share of equal best tokens.
+
+        On text that the reference itself would write, a mean KL of ln(1 + a) is an increase of a: one allowance, put in
+        both ways. Two readers whose distributions are that far apart and who share their randomness choose different
+        tokens at no more than sqrt(KL / 2) of the positions (Pinsker); greedy ones are held to the same.
+        """
+        allowed = ALLOWED_INCREASE[self.precision] if self.limit is None else self.limit
+        kl = math.log1p(allowed)
+        return {"perplexity_increase": allowed, "kl_mean": kl, "top1_agreement": max(0.0, 1 - math.sqrt(kl / 2))}

@@ -1,0 +1,196 @@
+"""The command and its verb, on a tiny model: what is kept, what is judged, what is refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from export_vq.calibration import RANGES, CalibrationOptions, calibrate
+from export_vq.calibration.documents import read_material
+from export_vq.calibration.judge import compare, failures
+from export_vq.calibration.source import open_source
+from export_vq.decoding import DecodingOptions
+from export_vq.errors import UserError
+from export_vq.forms import read_graph
+from export_vq.records import CalibrationReport, ErrorStats
+from export_vq.runners import OrtRunner, signature_of
+from export_vq.terminal import Steps
+from export_vq.textmodel import TextModel
+
+LOOSE = 100.0
+"""A limit that random weights, which feel every rounding, stay below."""
+
+
+def options(precision, text, **chosen):
+    small = {"samples": 3, "width": 24, "test_tokens": 48, "limit": LOOSE, "threads": 1}
+    return CalibrationOptions(precision, text=text, **{**small, **chosen})
+
+
+def test_every_precision_is_written_judged_and_runs(folder, text):
+    sizes = {}
+    for precision in ("int8", "fp8", "w8", "int4"):
+        report = calibrate(folder, options(precision, text), Steps())
+        assert report, report.failures
+        assert report.total.positions == 48
+        assert CalibrationReport.load(folder / precision / "calibration.json") == report
+        assert 0 < report.total.kl_mean < 1
+        sizes[precision] = report.num_bytes
+        assert report.kept == ("lm_head.codebook",)
+        dense = read_graph(folder / precision / "dense.onnx").graph.initializers  # its head too: the rival of a VQ head
+        assert not any(
+            v.const_value.dtype == ir.DataType.FLOAT and v.const_value.size > 1000
+            for v in dense.values()
+            if "embed" not in v.name
+        )
+    assert sizes["int4"] < sizes["w8"] < json.loads((folder / "model.onnx.json").read_text())["num_bytes"]
+    # int8 and fp8 read the same ranges, but for the outliers that int8 moves first.
+    assert len(list((folder / RANGES).glob("*.json"))) == 2
+    with TextModel(folder / "int8", threads=1) as model:
+        assert len(list(model.write("the cat", DecodingOptions(max_new_tokens=3, temperature=0)))) >= 1
+
+
+def test_the_most_sensitive_layers_are_kept_and_that_helps(folder, text):
+    whole = calibrate(folder, options("int8", text, sensitivity=True), Steps())
+    costs = [cost.kl for cost in whole.sensitivity]
+    assert len(costs) == whole.quantised == 14
+    assert costs == sorted(costs, reverse=True)
+    part = calibrate(folder, options("int8", text, keep="auto:10"), Steps())
+    assert [c.name for c in part.sensitivity if c.kept] == [c.name for c in whole.sensitivity[:10]]
+    assert part.quantised == 4
+    assert part.total.kl_mean < whole.total.kl_mean
+
+
+def test_one_layer_s_sensitivity_is_what_it_costs_quantised_alone(folder, text):
+    """The switches against a graph in which that layer alone is quantised, on the very block that they were measured on."""
+    asked = options("w8", text, runtime="tensorrt", sensitivity=True, samples=1)
+    cost = calibrate(folder, asked, Steps()).sensitivity[0]
+    others = [c.name for c in calibrate(folder, asked, Steps()).sensitivity[1:]]
+    calibrate(folder, dataclasses.replace(asked, sensitivity=False, keep=",".join(others)), Steps())
+    source = open_source(folder, asked)
+    block = read_material(asked, source.tokenizer, 97, 24).calibration[:1]
+    signature = signature_of(source.artifact)
+    with (
+        OrtRunner(source.path, signature) as a,
+        OrtRunner(folder / "w8" / "model.onnx", signature, fuse_quantised=False) as b,
+    ):
+        assert compare(a, b, block).kl_mean == pytest.approx(cost.kl, rel=0.01, abs=1e-7)
+
+
+class _Stops(Steps):
+    """Ends the run in the middle of counting."""
+
+    def step(self, name):
+        outer = super().step(name)
+
+        class Step:
+            def __enter__(self):
+                tell = outer.__enter__()
+
+                def stop(what, fraction):
+                    tell(what, fraction)
+                    if name == "ranges" and fraction > 0.5:
+                        raise KeyboardInterrupt
+
+                return stop
+
+            def __exit__(self, *how):
+                return outer.__exit__(*how)
+
+        return Step()
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(folder, text):
+    whole = calibrate(folder, options("fp8", text), Steps())
+    (kept,) = (folder / RANGES).glob("*.json")
+    counted = kept.read_text()
+    kept.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(folder, options("fp8", text), _Stops())
+    assert json.loads(kept.read_text())["done"] == 2
+    assert calibrate(folder, options("fp8", text), Steps()) == whole
+    assert kept.read_text() == counted
+
+
+def _poison(folder, name):
+    model = read_graph(folder / "model.onnx")
+    node = next(n for n in model.graph if n.name == name)
+    weight = node.inputs[1]
+    numbers = weight.const_value.numpy().copy()
+    numbers[0, 0] = np.nan
+    weight.const_value = ir.tensor(numbers, name=weight.name)
+    ir.save(model, folder / "model.onnx")
+
+
+def test_nan_is_named_by_its_layer(folder, text):
+    _poison(folder, "model.layers.1.mlp.up_proj")
+    with pytest.raises(UserError, match=r"activations of model\.layers\.1\.mlp\.down_proj hold NaN"):
+        calibrate(folder, options("fp8", text), Steps())
+
+
+def test_what_cannot_be_quantised_is_refused(folder, text, tmp_path):
+    calibrate(folder, options("w8", text), Steps())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    cases = [(folder / "w8", "is quantised already"), (other, "holds no model.onnx")]
+    for where, says in cases:
+        with pytest.raises(UserError, match=says):
+            calibrate(where, options("w8", text), Steps())
+    tokenizer["model"]["vocab"].update({f"word{i}": 97 + i for i in range(50)})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="token"):
+        calibrate(folder, options("w8", text), Steps())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ({"method": "median"}, "--method is 'median'"),
+        ({"block": 48}, "--block is 48"),
+        ({"keep": "auto:some"}, "expected auto:N"),
+        ({"smooth": 1.5}, "--smooth is 1.5"),
+        ({"precision": "int4", "quantise_head": True}, "--head quantise is for int8 and fp8"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(chosen, says, text):
+    with pytest.raises(UserError, match=says):
+        _ = CalibrationOptions(**{"precision": "int8", "text": text, **chosen}).kept_most_sensitive
+
+
+def stats(**changed):
+    numbers = dict.fromkeys((f.name for f in dataclasses.fields(ErrorStats)), 0.0)
+    same = {"top1_agreement": 1.0, "perplexity_reference": 10.0, "perplexity_candidate": 10.0, "error_histogram": ()}
+    return ErrorStats(**{**numbers, **same, **changed})
+
+
+def test_limits_hold_or_fail_one_by_one(text):
+    limits = CalibrationOptions("w8", text=text).limits
+    assert failures(stats(), limits) == ()
+    assert failures(stats(perplexity_candidate=10.099, kl_mean=0.0099, top1_agreement=0.93), limits) == ()
+    for bad in ({"perplexity_candidate": 10.101}, {"kl_mean": 0.01}, {"top1_agreement": 0.92}):
+        assert len(failures(stats(**bad), limits)) == 1
+    for name in ("perplexity_candidate", "kl_mean", "top1_agreement"):
+        assert len(failures(stats(**{name: float("nan")}), limits)) == 1
+
+
+def test_the_command_s_exit_codes(folder, text):
+    def run(*args):
+        command = [sys.executable, "-m", "export_vq.cli", "calibrate", str(folder), "--text", str(text), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    small = ("--samples", "2", "--width", "24", "--test-tokens", "48", "--threads", "1")
+    good = run("--precision", "w8", "--limit", "100", *small)
+    assert good.returncode == 0, good.stderr
+    assert "PASS" in good.stdout
+    bad = run("--precision", "int4", "--limit", "0", *small)
+    assert bad.returncode == 1
+    assert "FAIL" in bad.stdout
+    assert "allowed +0.00%" in bad.stderr
+    assert (folder / "int4" / "calibration.json").is_file()
+    refused = run("--precision", "w8", "--width", "60000000", "--keep-in-fp16", "nothing", *small[:2])
+    assert refused.returncode == 2
+    assert "no layer is called" in refused.stderr
