@@ -94,13 +94,14 @@ MAY_IMPORT = {
         "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
+    "triton": {"engine_source", "errors", "files", "plugins.library", "records"},
     "textmodel": {"checkpoint", "decoding", "errors", "feeds", "files", "generate", "records", "runners", "validate"},
     "terminal": set(),
-    "cli_bundle": {"errors", "manifest", "terminal"},
+    "cli_bundle": {"errors", "manifest", "runners", "terminal", "triton"},
     "cli_generate": {"decoding", "textmodel"},
     "cli_native": {
-        "bundle", "engine", "engines", "files", "graph", "load", "manifest", "plugins.build", "plugins.library", "profiles",
-        "records", "steps", "terminal", "wording",
+        "bundle", "engine", "engines", "files", "graph", "load", "manifest", "plugins.build",
+        "plugins.library", "profiles", "records", "steps", "terminal", "wording",
     },
     "cli": {
         "bundle", "cli_bundle", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph", "inspection",
