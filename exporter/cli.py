@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from export_vq.cli_bundle import print_bundle
+from export_vq.cli_bundle import print_bundle, serve_files
 from export_vq.cli_calibrate import calibrate
 from export_vq.cli_generate import generate
 from export_vq.cli_native import build, plugins, print_engine
@@ -462,6 +462,7 @@ cli.add_command(build)
 cli.add_command(calibrate)
 cli.add_command(generate)
 cli.add_command(plugins)
+cli.add_command(serve_files)
 
 if __name__ == "__main__":
     main()

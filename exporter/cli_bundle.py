@@ -1,4 +1,4 @@
-"""The commands around an output folder: what it holds, and whether it is whole."""
+"""The commands around an output folder: what it holds, whether it is whole, files for a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from export_vq.errors import CheckFailed
-from export_vq.terminal import mib, print_table
+from export_vq.terminal import console, mib, plain, print_table
 
 
 def print_bundle(folder: Path, *, verify: bool, as_json: bool) -> None:
@@ -35,3 +35,31 @@ def print_bundle(folder: Path, *, verify: bool, as_json: bool) -> None:
         print_table(rows)
     if differences:
         raise CheckFailed(f"{folder}: {len(differences)} differences from the manifest; copy the folder again")
+
+
+@click.command("serve-files")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--triton",
+    "repository",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Model repository to write into; other models in it are left alone.",
+)
+@click.option("--name", default="vq_lm", show_default=True, help="Name of the model.")
+@click.option(
+    "--mounted-at",
+    default="/models",
+    show_default=True,
+    help="Where the server sees the repository, as in docker run -v REPOSITORY:/models.",
+)
+def serve_files(folder: Path, repository: Path, name: str, mounted_at: str) -> None:
+    """Write what is in FOLDER as a model repository of NVIDIA's Triton Inference Server."""
+    from export_vq.runners import native_library
+    from export_vq.triton import write_repository
+
+    models, left_out = write_repository(folder, repository, name, mounted_at, native_library(folder))
+    for model in models:
+        click.echo(f"{repository / model}")
+    for line in left_out:
+        console.print(f"left out: {plain(Exception(line))}", soft_wrap=True)

@@ -98,13 +98,14 @@ MAY_IMPORT = {
         "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
         "trt_runner", "workloads",
     },
+    "triton": {"errors", "files", "forms", "plugins.library", "records"},
     "top_k_graph": {"forms", "head_output", "layers", "outputs", "records"},
     "textmodel": {
         "checkpoint", "decoding", "errors", "feeds", "files", "forms", "generate", "records", "runners", "top_k_graph",
         "validate",
     },
     "terminal": set(),
-    "cli_bundle": {"errors", "manifest", "terminal"},
+    "cli_bundle": {"errors", "manifest", "runners", "terminal", "triton"},
     "cli_generate": {"decoding", "textmodel"},
     "calibration": {
         "checkpoint", "contract", "errors", "feeds", "files", "forms", "graph", "logit_errors", "progress",
