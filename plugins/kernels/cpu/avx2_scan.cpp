@@ -27,12 +27,17 @@ constexpr int64_t kHalf = 128;                // entries of a table whose ids ha
 constexpr int64_t kGroups = kBlock / kGroup;  // groups of a block
 constexpr int kPartsAtOnce = 8;               // that registers hold
 
+using UnsignedLanes = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+
 // The upper 16 bits first: they leave a rest that float32 holds exactly.
 inline void Round(const Lanes& x, IntLanes& out) {
     const IntLanes upper = __builtin_convertvector(x * 0x1p-16f, IntLanes);
     // Adding 1.5 * 2^23 rounds to a whole number, which is then in the last bits.
     const Lanes rest = (x - __builtin_convertvector(upper, Lanes) * 0x1p16f) + 0x1.8p23f;
-    out = (upper << 16) + (reinterpret_cast<const IntLanes&>(rest) - 0x4b400000);
+    // Unsigned: the fourth byte is used, and a sum that passes 2^31 must wrap.
+    const UnsignedLanes whole = (reinterpret_cast<const UnsignedLanes&>(upper) << 16) +
+                                (reinterpret_cast<const UnsignedLanes&>(rest) - 0x4b400000u);
+    out = reinterpret_cast<const IntLanes&>(whole);
 }
 
 __m256i Load(const void* memory) { return _mm256_loadu_si256(static_cast<const __m256i*>(memory)); }
