@@ -81,6 +81,7 @@ MAY_IMPORT = {
         "build_progress", "engine_source", "errors", "files", "plugins.library", "profiles", "proof", "records",
         "require", "trt",
     },
+    "device_kit": {"engine", "engine_source", "errors", "files", "plugins.library", "profiles", "records"},
     "engines": {
         "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
     },
@@ -100,7 +101,7 @@ MAY_IMPORT = {
     "cli_bundle": {"errors", "manifest", "runners", "terminal", "triton"},
     "cli_generate": {"decoding", "textmodel"},
     "cli_native": {
-        "bundle", "engine", "engines", "files", "graph", "load", "manifest", "plugins.build",
+        "bundle", "device_kit", "engine", "engines", "files", "graph", "load", "manifest", "plugins.build",
         "plugins.library", "profiles", "records", "steps", "terminal", "wording",
     },
     "cli": {
