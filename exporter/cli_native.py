@@ -53,6 +53,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="The libvq_trt.so to build with.  [default: the one built here]",
 )
+@click.option(
+    "--for",
+    "target",
+    metavar="smNN-trtX.Y",
+    help="Build nothing here: write a folder (-o) with graphs, plugin sources and a script that builds on that device.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the artifacts as JSON.")
 def build(
     source: Path,
@@ -69,6 +75,7 @@ def build(
     workspace_mb: int | None,
     flavour: str | None,
     plugin: Path | None,
+    target: str | None,
     as_json: bool,
 ) -> None:
     """Build TensorRT engines of MODEL, or of the graphs in FOLDER: vq-plugin, vq-plain and dense.
@@ -109,6 +116,13 @@ def build(
         flavour=flavour,
         plugin=plugin,
     )
+    if target is not None:
+        from export_vq.device_kit import write_kit
+
+        kit = output if output not in (None, source) else Path(target)
+        write_kit(source / "model.onnx" if source.is_dir() else source, target, kit, options_for(source, options))
+        click.echo(f"{kit}: copy it to the device and run {kit.name}/build.sh there")
+        return
     out = output or (source if source.is_dir() else source.parent)
     built, not_done = build_engines(source, out, kinds, options_for(source, options), steps)
     if (out / "model.onnx.json").is_file():  # an output folder, not just a place for plans

@@ -85,6 +85,7 @@ MAY_IMPORT = {
         "build_progress", "engine_source", "errors", "files", "plugins.library", "profiles", "proof", "records",
         "require", "trt",
     },
+    "device_kit": {"engine", "engine_source", "errors", "files", "plugins.library", "profiles", "records"},
     "engines": {
         "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
     },
@@ -114,8 +115,8 @@ MAY_IMPORT = {
     "calibrated": {"bundle", "files", "records", "report"},
     "cli_calibrate": {"calibrated", "calibration", "errors", "terminal"},
     "cli_native": {
-        "bundle", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library", "profiles",
-        "records", "steps", "terminal", "wording",
+        "bundle", "device_kit", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library",
+        "profiles", "records", "steps", "terminal", "wording",
     },
     "cli": {
         "bundle", "cli_bundle", "cli_calibrate", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph",
