@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export_vq import feeds as fd
 from export_vq.calibration.histogram import Histogram
@@ -81,7 +82,7 @@ def collect(
     if done == len(blocks):
         return counted
     with (
-        saved(_tapped(model, list(taps)), cache.parent) as path,
+        saved(with_outputs(model, list(taps)), cache.parent) as path,
         OrtRunner(path, signature, threads=threads, native=False) as runner,
     ):
         for i in range(done, len(blocks)):
@@ -113,11 +114,12 @@ def _read(file: Path) -> tuple[int, dict[str, Histogram]]:
         return 0, {}
 
 
-def _tapped(model: ir.Model, taps: Sequence[str]) -> ir.Model:
-    """The graph with the taps as outputs, and without the logits that nobody reads here."""
+def with_outputs(model: ir.Model, names: Sequence[str] = ()) -> ir.Model:
+    """The graph, changed to give its cache and these tensors only, without what nobody reads then: its head."""
     values = {str(v.name): v for v in ir.convenience.create_value_mapping(model.graph).values()}
     outputs = model.graph.outputs
     kept = [v for v in outputs if str(v.name).startswith("present.")]
     outputs.clear()
-    outputs.extend([*kept, *(values[name] for name in taps if values[name] not in kept)])
+    outputs.extend([*kept, *(values[name] for name in names if values[name] not in kept)])
+    RemoveUnusedNodesPass()(model)
     return model

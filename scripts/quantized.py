@@ -27,7 +27,7 @@ from export_vq import feeds
 from export_vq.bench import Workload, device_name, run_benchmark
 from export_vq.bundle import Bundle
 from export_vq.calibration import CalibrationOptions, calibrate
-from export_vq.calibration.collect import saved
+from export_vq.calibration.collect import saved, with_outputs
 from export_vq.calibration.documents import read_material
 from export_vq.calibration.judge import compare
 from export_vq.calibration.products import products
@@ -147,10 +147,7 @@ def timings(folder: Path, args: argparse.Namespace, vocab_size: int) -> dict[str
         runs = {"fp32": stack.enter_context(runner_of(args.folder, "vq", args.folder, args.threads))}
         for kind in FILES:
             runs[kind] = stack.enter_context(runner_of(folder, kind, args.folder, args.threads))
-            headless = read_graph(folder / FILES[kind])
-            presents = [v for v in headless.graph.outputs if v.name != "logits"]
-            headless.graph.outputs.clear()
-            headless.graph.outputs.extend(presents)
+            headless = with_outputs(read_graph(folder / FILES[kind]))
             path = stack.enter_context(saved(headless, args.folder))
             runs[f"{kind}, no head"] = stack.enter_context(
                 OrtRunner(path, runs[kind].signature, threads=args.threads, native=False)
