@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,15 +49,21 @@ MODELS = {  # vocab_size, hidden_size, M of the product head
 }
 SINGLE_CODES, PRODUCT_CODES, CUT = 512, 256, 16384
 TOP_K = 50
+PERPLEXITY = 30
+ISAS = ("portable", "neon", "avx2", "avx512", "avx512vbmi")
 VQ, VQ_LOGITS, GATHER = "VQ top-k", "VQ logits", "VQ logits, plain Gather"
 DENSE, DENSE_LOGITS, INT8, INT4 = "dense, then top-k", "dense logits", "dense INT8 logits", "dense INT4 logits"
 CUT_DENSE = f"dense, {CUT:,} tokens, then top-k"
 
 
 def random_head(kind: str, d: int, v: int, m: int, k: int) -> VQHead:
-    """A head of random numbers, scaled so that logits spread over a few units as a model's do."""
+    """A head of random numbers, whose logits are as far apart as a language model's.
+
+    Normal logits of deviation s make a softmax over V tokens of perplexity V * exp(-s^2 / 2).
+    """
     random = torch.Generator().manual_seed(0)
-    codebook = torch.randn(m, k, d // m if kind == "product" else d, generator=random) * 3 / d**0.5
+    spread = math.sqrt(2 * math.log(v / PERPLEXITY))
+    codebook = torch.randn(m, k, d // m if kind == "product" else d, generator=random) * spread / d**0.5
     return VQHead.from_tensors(kind, codebook, torch.randint(0, k, (v, m), generator=random))
 
 
@@ -192,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each way, batch size and cache state")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="rows of hidden states")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--isa", choices=ISAS, help="the native kernels' instruction set, where the processor has it")
     parser.add_argument("-o", "--output", type=Path, help="write all timings there as JSON, and a plot beside it")
     args = parser.parse_args()
     if native_library() is None:
@@ -199,6 +208,8 @@ def main() -> None:
             2,
             "error: the native kernels are not built, or of another version; build them with: export-vq plugins build\n",
         )
+    if args.isa:
+        os.environ["EXPORT_VQ_ISA"] = args.isa
     machine = Machine(args.threads, functools.partial(lookups_per_ms, args.threads))
     reports = []
     for model in args.models:

@@ -76,6 +76,4 @@ void vq_pack_codes(const int32_t* codes, int64_t vocab_size, int64_t num_codeboo
     vq::PackCodes(codes, vocab_size, num_codebooks, code_bits, words);
 }
 
-int32_t vq_best_isa() { return static_cast<int32_t>(vq::cpu::BestIsa()); }
-
 }  // extern "C"

@@ -39,9 +39,6 @@ VQ_EXPORT int vq_gather_scatter_cuda(const void* code_logits, const void* codes,
 VQ_EXPORT void vq_pack_codes(const int32_t* codes, int64_t vocab_size, int64_t num_codebooks, int32_t code_bits,
                              uint32_t* words);
 
-// The instruction set that the CPU kernels pick on this processor: a number as in `isa` above.
-VQ_EXPORT int32_t vq_best_isa(void);
-
 #ifdef __cplusplus
 }
 #endif

@@ -272,6 +272,22 @@ void TopKScanned(Isa isa) {
     }
 }
 
+// Thousands of tokens that weigh about the same, and few codes: what eight bits leave out does not average out.
+void TopKOfFlatRows(Isa isa) {
+    uint32_t seed = 1;
+    for (const int64_t k_count : {3, 16, 17, 64, 256}) {
+        for (const int64_t m : {8, 19, 64}) {
+            for (const float flattening : {0.03f, 0.1f, 0.3f}) {
+                Problem problem({1, m, k_count, 9001}, seed % 2 == 0, Type::kFloat32, seed);
+                ++seed;
+                for (float& score : problem.scores) score *= flattening;
+                for (float& bias : problem.bias) bias *= flattening;
+                CheckRounded(problem, isa, 3, 1);
+            }
+        }
+    }
+}
+
 // Ties that only rounding makes, at the borders of buckets and inside them; k from one token to all.
 void TopKTies(Isa isa) {
     for (uint32_t seed = 1; seed <= 60; ++seed) {
@@ -594,6 +610,7 @@ int main() {
         TopKSweep(isa);
         TopKLarge(isa);
         TopKScanned(isa);
+        TopKOfFlatRows(isa);
         TopKTies(isa);
         ThreadsDoNotShow(isa);
         SampleSweep(isa);

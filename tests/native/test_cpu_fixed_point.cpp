@@ -134,7 +134,8 @@ struct Fixed {
         : kernels(vq::cpu::KernelsOf(isa)),
           planes(static_cast<size_t>(FixedPoint::kPlanes * head.num_codebooks * 256) + kGuard, kPoison) {
         fixed.planes = planes.data();
-        fits = kernels.to_fixed_point(head.scores.data(), head.num_codebooks, head.num_codes, &fixed);
+        fits = kernels.to_fixed_point(head.scores.data(), head.codes.shares.data(), head.num_codebooks, head.num_codes,
+                                      &fixed);
         for (size_t i = planes.size() - kGuard; i < planes.size(); ++i) {
             CHECK(planes[i] == kPoison, << head.Name(isa) << ": written behind the planes");
         }
@@ -177,11 +178,11 @@ void CheckHead(Isa isa, const Head& head) {
     std::vector<float> nobody(kGroup);
     std::set<int64_t> refined;
     for (const std::vector<int64_t>& together : {std::vector<int64_t>{5, 0, 7, 2}, {1, 6, 3, 3}, {4, 4, 4, 4}}) {
-        const uint8_t* groups[kRefined];
+        const uint8_t* groups[2 * kRefined];
         float* places[kRefined];
         for (size_t i = 0; i < kRefined; ++i) {
             const int64_t group = together[i];
-            groups[i] = ids + group * head.codes.num_codebooks * kGroup;
+            groups[i] = groups[kRefined + i] = ids + group * head.codes.num_codebooks * kGroup;
             places[i] = refined.insert(group).second ? sums.data() + group * kGroup : nobody.data();
         }
         row.kernels.refine(fixed, head.num_codebooks, groups, places);

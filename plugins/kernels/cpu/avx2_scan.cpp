@@ -128,9 +128,11 @@ void AddBooks(const uint8_t* plane, const uint8_t* const* ids, const int16_t* wh
 #pragma GCC unroll 8
         for (int b = 0; b < kBooks; ++b) {
             const uint8_t* codes = ids[g] + offsets[b];
-            // The next block's ids come from far away, and hardware prefetching starts anew at every page.
+            // What comes next lies far away, and hardware prefetching starts anew at every page.
             if constexpr (kCount == kGroups) {
                 _mm_prefetch(reinterpret_cast<const char*>(codes + (ids[1] - ids[0]) * kGroups), _MM_HINT_T1);
+            } else {
+                _mm_prefetch(reinterpret_cast<const char*>(ids[kCount + g] + offsets[b]), _MM_HINT_T0);
             }
             const Group found = LookUp<kParts>(part[b], {Load(codes), Load(codes + 32)});
             first.Add(found.first);
@@ -231,8 +233,9 @@ __m256 Exponential(__m256 x, __m256 peak) {
 }  // namespace
 
 // Fixed point whose planes hold the differences that LookUp adds up.
-bool ToDifferences(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) {
-    if (!ToFixedPoint(tables, num_codebooks, num_codes, fixed)) return false;
+bool ToDifferences(const float* tables, const float* shares, int64_t num_codebooks, int64_t num_codes,
+                   FixedPoint* fixed) {
+    if (!ToFixedPoint(tables, shares, num_codebooks, num_codes, fixed)) return false;
     uint8_t* wide = fixed->planes + (FixedPoint::kPlanes - 1) * num_codebooks * kTable;
     for (uint8_t* table = fixed->planes; table < wide; table += kTable) Subtract(table, num_codes);
     for (int64_t i = 0; i < fixed->num_wide; ++i) Subtract(wide + fixed->wide[i] * kTable, num_codes);

@@ -7,7 +7,8 @@
 
 namespace vq::cpu::avx2 {
 
-bool ToDifferences(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed);
+bool ToDifferences(const float* tables, const float* shares, int64_t num_codebooks, int64_t num_codes,
+                   FixedPoint* fixed);
 void OneRowFixed(const FixedPoint& fixed, const Block& block, float* sums);
 void Scan(const FixedPoint& fixed, const Block& block, float* sums);
 void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes, float* const* sums);

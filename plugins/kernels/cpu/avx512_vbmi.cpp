@@ -20,13 +20,11 @@ struct Table {
         for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(entries + 64 * i);
     }
 
-    // Six bits of an id choose within a register, the upper two the register.
+    // Seven bits of an id choose within two registers, the top bit the pair.
     __m512i LookUp(__m512i ids) const {
-        const __mmask64 bit7 = _mm512_movepi8_mask(ids), bit6 = _mm512_movepi8_mask(_mm512_add_epi8(ids, ids));
-        __m512i lower = _mm512_permutexvar_epi8(ids, part[0]), upper = _mm512_permutexvar_epi8(ids, part[2]);
-        lower = _mm512_mask_permutexvar_epi8(lower, bit6, ids, part[1]);
-        upper = _mm512_mask_permutexvar_epi8(upper, bit6, ids, part[3]);
-        return _mm512_mask_blend_epi8(bit7, lower, upper);
+        const __m512i lower = _mm512_permutex2var_epi8(part[0], ids, part[1]);
+        const __m512i upper = _mm512_permutex2var_epi8(part[2], ids, part[3]);
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(ids), lower, upper);
     }
 };
 
@@ -133,6 +131,7 @@ void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const
         const Table table(plane + m * kTable);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kRefined; ++i) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes[kRefined + i] + m * kGroup), _MM_HINT_T0);
             const __m512i found = table.LookUp(_mm512_loadu_si512(codes[i] + m * kGroup));
             words[i] = _mm512_add_epi16(words[i], found);
             odds[i] = _mm512_add_epi16(odds[i], _mm512_srli_epi16(found, 8));

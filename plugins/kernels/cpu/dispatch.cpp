@@ -1,7 +1,10 @@
 #include "cpu/dispatch.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/isa.h"
 
@@ -10,6 +13,50 @@ namespace {
 
 // Look-ups below which a second thread costs more than it brings.
 constexpr int64_t kLookupsPerPart = 1 << 16;
+
+#if defined(__x86_64__)
+bool Has(Isa isa) {
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    switch (isa) {
+        case Isa::kPortable:
+            return true;
+        case Isa::kAvx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        case Isa::kAvx512:
+            return avx512;
+        case Isa::kAvx512Vbmi:
+            return avx512 && __builtin_cpu_supports("avx512vbmi");
+        default:
+            return false;
+    }
+}
+#elif defined(__aarch64__)
+bool Has(Isa isa) { return isa == Isa::kPortable || isa == Isa::kNeon; }
+#else
+bool Has(Isa isa) { return isa == Isa::kPortable; }
+#endif
+
+constexpr struct {
+    const char* name;
+    Isa isa;
+} kNames[]{{"portable", Isa::kPortable},
+           {"neon", Isa::kNeon},
+           {"avx2", Isa::kAvx2},
+           {"avx512", Isa::kAvx512},
+           {"avx512vbmi", Isa::kAvx512Vbmi}};
+
+Isa Named(const std::string& wanted) {
+    std::string there;
+    for (const auto& known : kNames) {
+        if (!Has(known.isa)) continue;
+        if (wanted == known.name) return known.isa;
+        there += (there.empty() ? "" : ", ") + std::string(known.name);
+    }
+    throw std::invalid_argument("the environment variable EXPORT_VQ_ISA is \"" + wanted + "\"; this processor has " +
+                                there);
+}
 
 }  // namespace
 
@@ -32,17 +79,12 @@ const Kernels& KernelsOf(Isa isa) {
 }
 
 Isa BestIsa() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-        return __builtin_cpu_supports("avx512vbmi") ? Isa::kAvx512Vbmi : Isa::kAvx512;
+    if (const char* wanted = std::getenv("EXPORT_VQ_ISA")) return Named(wanted);
+    Isa best = Isa::kPortable;
+    for (const auto& known : kNames) {
+        if (Has(known.isa)) best = known.isa;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
-#elif defined(__aarch64__)
-    return Isa::kNeon;
-#endif
-    return Isa::kPortable;
+    return best;
 }
 
 const char* IsaName(Isa isa) {

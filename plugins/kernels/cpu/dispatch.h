@@ -11,7 +11,9 @@ namespace vq::cpu {
 
 enum class Isa { kPortable, kNeon, kAvx2, kAvx512, kAvx512Vbmi };
 
-// The best instruction set that this build and this processor share.
+// The best instruction set that this build and this processor share; the environment variable EXPORT_VQ_ISA
+// (portable, neon, avx2, avx512, avx512vbmi) may ask for a lesser one. Throws std::invalid_argument for what is not
+// there.
 Isa BestIsa();
 const char* IsaName(Isa isa);
 

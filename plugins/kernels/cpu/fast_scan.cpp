@@ -18,21 +18,30 @@ constexpr int64_t kMinVocabulary = 4096;
 constexpr double kTolerance = 1.0 / 4096.0;
 // A token with this share is summed in full: of a few of them, the byte that refining leaves out would still show.
 constexpr double kMost = 1.0 / 256.0;
+// Of a token, which what refining leaves out must not show in: a 256th of that, in tokens that have less than kMost.
+constexpr double kMaxDeviation = 256.0 * kTolerance / 4.0 / 0x1p-4;
 constexpr int64_t kPartsOfASum = 4;
 
-// A bound such that all numbers below it come to `sum` at most: of numbers of the same half octave, all or none.
-float LargestBound(const std::vector<float>& numbers, float sum) {
+// A bound such that leaving all groups of lesser squares as they are is within `variance`: of groups whose squares have
+// the same half octave, all or none. own, common: of what is left out, the variances of a token's and of what all
+// share.
+float LargestBound(const std::vector<float>& squares, const std::vector<float>& masses, double own, double common,
+                   double variance) {
     constexpr int kShift = 22;  // a sign, the exponent, one bit more
-    float sums[1 << (32 - kShift)] = {};
-    for (const float number : numbers) {
+    struct {
+        float squares, mass;
+    } sums[1 << (32 - kShift)] = {};
+    for (size_t g = 0; g < squares.size(); ++g) {
         uint32_t bits;
-        std::memcpy(&bits, &number, sizeof bits);
-        sums[bits >> kShift] += number;
+        std::memcpy(&bits, &squares[g], sizeof bits);
+        sums[bits >> kShift].squares += squares[g];
+        sums[bits >> kShift].mass += masses[g];
     }
-    float below = 0.0f;
+    double square = 0.0, mass = 0.0;
     for (uint32_t i = 0; i < std::size(sums); ++i) {
-        below += sums[i];
-        if (below <= sum) continue;
+        square += static_cast<double>(sums[i].squares);
+        mass += static_cast<double>(sums[i].mass);
+        if (own * square + common * mass * mass <= variance) continue;
         const uint32_t bits = i << kShift;
         float bound;
         std::memcpy(&bound, &bits, sizeof bound);
@@ -60,7 +69,7 @@ FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num
       groups_(codes.blocks * (kBlock / kGroup)),
       s_(scratch) {
     const auto groups = static_cast<size_t>(groups_);
-    s_.planes.resize(static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * 256));
+    s_.planes.resize(static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * kTable));
     s_.sums.resize(static_cast<size_t>(codes.blocks * kBlock));
     s_.peaks.resize(groups);
     s_.masses.resize(groups);
@@ -71,7 +80,8 @@ FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num
 
 bool FastScan::Row(const float* scores, float* values, int64_t* ids, float* logsumexp) {
     const int64_t m = codes_.num_codebooks;
-    if (!kernels_.to_fixed_point(scores, m, num_codes_, &fixed_)) return false;
+    if (!kernels_.to_fixed_point(scores, codes_.shares.data(), m, num_codes_, &fixed_)) return false;
+    if (static_cast<double>(fixed_.deviation) > kMaxDeviation) return false;
     ScanAll();
     peak_ = *std::max_element(s_.peaks.begin(), s_.peaks.end());
     if (!(std::abs(peak_) < kInfinity)) return false;
@@ -106,9 +116,10 @@ void FastScan::ScanAll() {
 
 void FastScan::RefineWhatWeighs() {
     kernels_.weigh(s_.sums.data(), groups_, peak_, s_.masses.data(), s_.squares.data());
-    // A token's error is its own, more or less, so that squares add up.
-    const double deviation = kTolerance * Total() / (4.0 * static_cast<double>(fixed_.deviation));
-    const float bound = LargestBound(s_.squares, static_cast<float>(deviation * deviation));
+    const auto squared = [](double x) { return x * x; };
+    const float bound =
+        LargestBound(s_.squares, s_.masses, squared(static_cast<double>(fixed_.deviation)),
+                     squared(static_cast<double>(fixed_.common_deviation)), squared(kTolerance * Total() / 4.0));
     s_.heavy.clear();
     for (int64_t g = 0; g < groups_; ++g) {
         if (s_.squares[static_cast<size_t>(g)] >= bound) s_.heavy.push_back(g);
@@ -134,13 +145,14 @@ void FastScan::Refine(const std::vector<int64_t>& groups) {
     const int64_t parts = PartsFor(tiles, count * kGroup * codes_.num_codebooks, threads_);
     ForParts(tiles, parts, parallel_, [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t first = begin * kRefined; first < std::min(count, end * kRefined); first += kRefined) {
-            const uint8_t* ids[kRefined];
+            const uint8_t* ids[2 * kRefined];
             float* sums[kRefined];
             float nobody[kGroup] = {};
+            for (int64_t i = 0; i < 2 * kRefined; ++i) {
+                ids[i] = Ids(groups[static_cast<size_t>(std::min(first + i, count - 1))]);
+            }
             for (int64_t i = 0; i < kRefined; ++i) {
-                const int64_t group = groups[static_cast<size_t>(std::min(first + i, count - 1))];
-                ids[i] = Ids(group);
-                sums[i] = first + i < count ? Sums(group) : nobody;
+                sums[i] = first + i < count ? Sums(groups[static_cast<size_t>(first + i)]) : nobody;
             }
             kernels_.refine(fixed_, codes_.num_codebooks, ids, sums);
             for (int64_t i = first; i < std::min(count, first + kRefined); ++i) {

@@ -38,7 +38,7 @@ public:
              const ParallelFor& parallel, int64_t threads, Scratch& scratch);
 
     // scores float32 [M*K] -> values [k] and ids [k] as TopK::Run orders them, and the logsumexp of all V. False, and
-    // nothing done, for a row that fixed point cannot hold.
+    // nothing done, for a row that fixed point cannot hold or not finely enough.
     bool Row(const float* scores, float* values, int64_t* ids, float* logsumexp);
 
 private:

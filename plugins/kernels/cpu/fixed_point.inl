@@ -12,9 +12,8 @@ using ByteLanes = uint8_t __attribute__((vector_size(16), aligned(1), may_alias)
 using Quad = float __attribute__((vector_size(16), aligned(4), may_alias));
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kTable = 256;                   // entries of a plane's table
 constexpr float kLargest = 16777215.0f - 255.0f;  // of three planes; a little less than 2^24 leaves room for rounding
-constexpr int64_t kWideShare = 6;                 // at most M / kWideShare codebooks have the fourth plane
+constexpr int64_t kWideShare = 10;                // of so many codebooks one may have the fourth plane
 constexpr float kWidest = 250.0f;                 // how much wider than the unit's codebooks the fourth plane reaches
 
 struct Range {
@@ -82,49 +81,73 @@ float CoveredSpan(const float* spans, int64_t count) {
     for (float next = widest; next * kWidest > widest; next *= 0.875f) {
         int64_t above = 0;
         for (int64_t m = 0; m < count; ++m) above += spans[m] > next;
-        if (above > count / kWideShare) break;
+        if (above * kWideShare >= count + kWideShare) break;
         covered = next;
     }
     return covered;
 }
 
-// What the lower bytes of a codebook's integers are, summed over its K codes.
+// What the lower bytes of a codebook's integers are. The means are over the tokens: some codes have many of them, and a
+// mean that is a little wrong is wrong for all tokens at once, in every codebook.
 struct LowerBytes {
-    double both, upper, squares;  // of two bytes, of the upper one in units of 256, of two bytes squared
+    double both, upper;  // the means of two bytes, and of the upper one in units of 256
+    double variance;     // of two bytes about their mean, over the codes: the tokens of rare ones count as well
+    double moved;        // over the codes, squared: how much more of the softmax than of the tokens they have
 };
+
+// exp(x) within a sixteenth of it, for x of 0 at most; all that is below 2^-120 is 2^-120. The bits of a float32 are
+// its logarithm, all but linear between powers of 2.
+inline void RoughExponential(const Lanes& x, Lanes& out) {
+    const Lanes power = x * 1.44269504f, inside = power < -120.0f ? Lanes{} - 120.0f : power;
+    const IntLanes bits = __builtin_convertvector((inside + 126.957f) * 0x1p23f, IntLanes);
+    out = reinterpret_cast<const Lanes&>(bits);
+}
 
 // x, 0 to 2^32 - 2^16, to the nearest integer. Each file that includes this has its own way.
 inline void Round(const Lanes& x, IntLanes& out);
 
 // scores [K] -> planes: round((score - low) / unit), byte by byte; plane p of a codebook stands p * stride further on.
-LowerBytes CutPlanes(const float* scores, int64_t count, int64_t readable, float low, float per_unit, int64_t planes,
-                     int64_t stride, uint8_t* out) {
-    Lanes both{}, upper{}, squares{};
-    // Behind the last code stand zeros, which add nothing.
-    ForLanes(scores, count, readable, low, [&](int64_t k, const Lanes& part) {
+LowerBytes CutPlanes(const float* scores, const float* shares, int64_t count, int64_t readable, Range range,
+                     float per_unit, int64_t planes, int64_t stride, uint8_t* out) {
+    Lanes both{}, upper{}, sum{}, squares{}, mass{}, masses{}, mixed{}, tokens{};
+    ForLanes(scores, count, readable, range.low, [&](int64_t k, const Lanes& part) {
         IntLanes whole;
-        Round((part - low) * per_unit, whole);
+        Round((part - range.low) * per_unit, whole);
+        const Lanes& share = *reinterpret_cast<const Lanes*>(shares + k);
         const Lanes rest = __builtin_convertvector(whole & 0xffff, Lanes);
-        both += rest;
+        both += share * rest;
+        sum += rest;
         squares += rest * rest;
-        upper += __builtin_convertvector((whole >> 8) & 0xff, Lanes);
+        upper += share * __builtin_convertvector((whole >> 8) & 0xff, Lanes);
+        Lanes softmax;
+        RoughExponential(part - range.high, softmax);
+        softmax *= share;
+        mass += softmax;
+        masses += softmax * softmax;
+        mixed += softmax * share;
+        tokens += share * share;
         for (int64_t p = 0; p < planes; ++p) {
             *reinterpret_cast<ByteLanes*>(out + p * stride + k) = __builtin_convertvector(whole, ByteLanes);
             whole >>= 8;
         }
     });
-    return {Sum(both), Sum(upper), Sum(squares)};
+    const double all = Sum(mass);
+    const double moved = (Sum(masses) / all - 2.0 * Sum(mixed)) / all + Sum(tokens);
+    const double mean = Sum(both);
+    const double variance = mean * mean + (Sum(squares) - 2.0 * mean * Sum(sum)) / static_cast<double>(count);
+    return {mean, Sum(upper), variance > 0.0 ? variance : 0.0, moved > 0.0 ? moved : 0.0};
 }
 
-bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) {
-    float lows[kMaxFixedCodebooks], spans[kMaxFixedCodebooks];
+bool ToFixedPoint(const float* tables, const float* shares, int64_t num_codebooks, int64_t num_codes,
+                  FixedPoint* fixed) {
+    Range ranges[kMaxFixedCodebooks];
+    float spans[kMaxFixedCodebooks];
     double lowest = 0.0, all = 0.0;
     for (int64_t m = 0; m < num_codebooks; ++m) {
-        const Range range = RangeOf(tables + m * num_codes, num_codes, (num_codebooks - m) * num_codes);
-        lows[m] = range.low;
-        spans[m] = range.high - range.low;
+        ranges[m] = RangeOf(tables + m * num_codes, num_codes, (num_codebooks - m) * num_codes);
+        spans[m] = ranges[m].high - ranges[m].low;
         if (!(spans[m] < __builtin_inff())) return false;
-        lowest += range.low;
+        lowest += ranges[m].low;
         all += spans[m];
     }
     const float covered = CoveredSpan(spans, num_codebooks);
@@ -134,17 +157,18 @@ bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes,
     fixed->num_codes = num_codes;
     fixed->num_wide = 0;
     const int64_t stride = num_codebooks * kTable;
-    double rest = 0.0, upper = 0.0, variance = 0.0, error = 0.0;
+    double rest = 0.0, upper = 0.0, variance = 0.0, common = 0.0, error = 0.0;
     for (int64_t m = 0; m < num_codebooks; ++m) {
         const bool wide = spans[m] > covered;
-        const LowerBytes bytes = CutPlanes(tables + m * num_codes, num_codes, (num_codebooks - m) * num_codes, lows[m],
-                                           per_unit, wide ? 4 : 3, stride, fixed->planes + m * kTable);
+        const LowerBytes bytes =
+            CutPlanes(tables + m * num_codes, shares + m * kTable, num_codes, (num_codebooks - m) * num_codes,
+                      ranges[m], per_unit, wide ? 4 : 3, stride, fixed->planes + m * kTable);
         if (wide) fixed->wide[fixed->num_wide++] = static_cast<int16_t>(m);
-        const double mean = bytes.both / static_cast<double>(num_codes);
-        rest += mean;
-        upper += 256.0 * bytes.upper / static_cast<double>(num_codes);
-        variance += bytes.squares / static_cast<double>(num_codes) - mean * mean;
-        error += mean > 32768.0 ? mean : 65536.0 - mean;
+        rest += bytes.both;
+        upper += 256.0 * bytes.upper;
+        variance += bytes.variance;
+        common += bytes.variance * bytes.moved;
+        error += bytes.both > 32768.0 ? bytes.both : 65536.0 - bytes.both;
     }
     const double unit = 1.0 / static_cast<double>(per_unit), step = 65536.0 * unit;
     fixed->unit = static_cast<float>(unit);
@@ -153,7 +177,8 @@ bool ToFixedPoint(const float* tables, int64_t num_codebooks, int64_t num_codes,
     fixed->offset = static_cast<float>(lowest + fixed->middle * step);
     fixed->rest = static_cast<float>(rest * unit);
     fixed->upper_rest = static_cast<float>(upper * unit);
-    fixed->deviation = static_cast<float>(__builtin_sqrt(variance > 0.0 ? variance : 0.0) * unit);
+    fixed->deviation = static_cast<float>(__builtin_sqrt(variance) * unit);
+    fixed->common_deviation = static_cast<float>(__builtin_sqrt(common) * unit);
     fixed->error = static_cast<float>(error * unit);
     return true;
 }

@@ -27,6 +27,9 @@ struct Block {
     int32_t code_bits;  // 8 or 16
 };
 
+// Entries of a table in fixed point, and the K up to which it serves.
+inline constexpr int64_t kTable = 256;
+
 // Codebooks that fixed point serves: fewer are quick enough without, more could overflow its sums.
 inline constexpr int64_t kMinFixedCodebooks = 8;
 inline constexpr int64_t kMaxFixedCodebooks = 256;
@@ -35,7 +38,7 @@ inline constexpr int64_t kMaxFixedCodebooks = 256;
 struct FixedPoint {
     static constexpr int64_t kPlanes = 4;
 
-    uint8_t* planes;    // [kPlanes, M, 256], the lowest bytes first, as the instruction set looks them up
+    uint8_t* planes;    // [kPlanes, M, kTable], the lowest bytes first, as the instruction set looks them up
     int64_t num_codes;  // K
     int64_t num_wide;
     int16_t wide[kMaxFixedCodebooks];  // the codebooks that use the fourth plane, num_wide of them
@@ -44,9 +47,11 @@ struct FixedPoint {
     float step;                        // of the third plane: 2^16 units
     float offset;                      // what the integers 0 and the middle stand for
 
-    // What the two lower planes add to a sum when all codes are equally likely, in logits: the mean of both and of the
-    // upper one, the standard deviation of both, and how far from their mean they are at most.
-    float rest, upper_rest, deviation, error;
+    // What the two lower planes add to a token's sum, in logits: the mean over the tokens of both and of the upper one;
+    // the standard deviation of both, as if codebooks were independent; that of their mean over very many tokens, each
+    // with its share of the softmax (these are not like all tokens: high scores have more of it); and how far from
+    // their mean they are at most.
+    float rest, upper_rest, deviation, common_deviation, error;
 };
 
 // Groups refined at once: they share the reading of the tables.
@@ -86,17 +91,19 @@ struct Kernels {
     int64_t max_fixed_codes = 0;
     int64_t max_scan_codes = 0;
     int64_t max_scan_codes_of_many = 0;
-    // tables [M, K] of one row, K at most 256 -> fixed point; planes are given, the rest is set. Returns false for a
-    // row that must stay in float32: infinities or NaN. A look-up is then off by half a unit at most, which is 2^-25 of
-    // a span that no more than a sixth of the codebooks exceed.
-    bool (*to_fixed_point)(const float* tables, int64_t num_codebooks, int64_t num_codes, FixedPoint* fixed) = nullptr;
+    // tables [M, K] of one row, K at most kTable, and the shares of PackedCodes -> fixed point; planes are given, the
+    // rest is set. Returns false for a row that must stay in float32: infinities or NaN. A look-up is then off by half
+    // a unit at most, which is 2^-25 of a span that no more than a tenth of the codebooks, rounded up, exceed.
+    bool (*to_fixed_point)(const float* tables, const float* shares, int64_t num_codebooks, int64_t num_codes,
+                           FixedPoint* fixed) = nullptr;
     // 8-bit ids -> sums [kBlock], bias included.
     void (*one_row_fixed)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
     // The same from the upper planes alone and the mean of the others, in a third of the time: off by fixed.error and
     // the roundings of float32 at most.
     void (*scan)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
-    // Makes the sums of Scan of kRefined groups 256 times as exact. codes: each group's [M, kGroup]; sums: each
-    // group's [kGroup]. A group may stand there twice with the sums of another.
+    // Makes the sums of Scan of kRefined groups 256 times as exact. codes [2 * kRefined]: each group's [M, kGroup], and
+    // those of the groups that come next, whose memory is asked for; sums: each group's [kGroup]. A group may stand
+    // there twice with the sums of another.
     void (*refine)(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes,
                    float* const* sums) = nullptr;
     // masses [groups]: the sum of exp(x - peak) over x [kGroup] each, x - peak at most 1, off by 2^-16 of it at most;

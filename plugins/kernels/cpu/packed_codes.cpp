@@ -24,6 +24,14 @@ PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_coun
             }
         }
     }
+    if (code_bits == 8) {
+        shares.assign(static_cast<size_t>(m_count * kTable), 0.0f);
+        const double share = 1.0 / static_cast<double>(v_count);
+        std::vector<int32_t> counts(shares.size(), 0);
+        for (int64_t i = 0; i < v_count * m_count; ++i) ++counts[static_cast<size_t>(i % m_count * kTable + ids[i])];
+        std::transform(counts.begin(), counts.end(), shares.begin(),
+                       [&](int32_t count) { return static_cast<float>(share * count); });
+    }
     if (biases != nullptr) {
         bias.assign(static_cast<size_t>(blocks * kBlock), 0.0f);
         std::copy(biases, biases + v_count, bias.begin());

@@ -32,7 +32,9 @@ struct PackedCodes {
     int64_t blocks;
     Bytes codes;              // ids [blocks * kBlock / kGroup, M, kGroup] of code_bits
     std::vector<float> bias;  // [blocks * kBlock], or empty
-    bool numbers = true;      // no bias is NaN
+    // Which part of the tokens has a code: [M, kTable] for ids of 8 bits, else empty.
+    std::vector<float> shares;
+    bool numbers = true;  // no bias is NaN
 
     // codes int32 [V, M] and bias float32 [V] or null are copied. Ids are trusted to be 0 to 65535 (CheckCodes).
     PackedCodes(const int32_t* codes, const float* bias, int64_t vocab_size, int64_t num_codebooks);

@@ -11,13 +11,13 @@ RowTables::RowTables(const PackedCodes& codes, const Kernels& kernels, const flo
     const bool has_fixed = num_codes <= kernels.max_fixed_codes && codes.code_bits == 8 &&
                            m_count >= kMinFixedCodebooks && m_count <= kMaxFixedCodebooks;
     if (!has_fixed) return;
-    const int64_t bytes = m_count * FixedPoint::kPlanes * 256;
+    const int64_t bytes = m_count * FixedPoint::kPlanes * kTable;
     planes_.resize(static_cast<size_t>(rows * bytes));
     tables_.resize(static_cast<size_t>(rows));
     for (int64_t r = 0; r < rows; ++r) {
         FixedPoint& table = tables_[static_cast<size_t>(r)];
         table.planes = planes_.data() + r * bytes;
-        const bool fits = kernels.to_fixed_point(scores + r * width_, m_count, num_codes, &table);
+        const bool fits = kernels.to_fixed_point(scores + r * width_, codes.shares.data(), m_count, num_codes, &table);
         fixed_.push_back(fits ? &table : nullptr);
     }
 }
