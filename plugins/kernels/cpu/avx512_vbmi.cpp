@@ -41,8 +41,8 @@ void SumPlane(const uint8_t* plane, const Block& block, const int16_t* which, in
         const uint8_t* codes = ids + m * kGroup;
 #pragma GCC unroll 8
         for (int64_t g = 0; g < kGroups; ++g, codes += stride) {
-            // The next block's ids come from far away, and hardware prefetching starts anew at every page; eight streams
-            // at a time are more than it brings to the first cache.
+            // The next block's ids come from far away, and hardware prefetching starts anew at every page. Eight
+            // streams at a time are more than it brings to the first cache.
             _mm_prefetch(reinterpret_cast<const char*>(codes + kGroups * stride), _MM_HINT_T1);
             _mm_prefetch(reinterpret_cast<const char*>(codes + 8 * kGroup), _MM_HINT_T0);
             const __m512i found = table.LookUp(_mm512_loadu_si512(codes));
