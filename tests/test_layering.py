@@ -101,7 +101,7 @@ MAY_IMPORT = {
         "trt_runner", "workloads",
     },
     "triton": {"errors", "files", "forms", "plugins.library", "records"},
-    "top_k_graph": {"forms", "head_output", "layers", "outputs", "records"},
+    "top_k_graph": {"contract", "forms", "head_output", "layers", "outputs", "records"},
     "backends": {"errors", "forms", "records", "require", "runners", "top_k_graph", "trt_runner"},
     "chat": {"checkpoint", "errors", "validate"},
     "textmodel": {
@@ -113,17 +113,28 @@ MAY_IMPORT = {
     "cli_bundle": {"errors", "manifest", "runners", "terminal", "triton"},
     "cli_generate": {"decoding", "errors", "generate", "pace", "prompts", "terminal", "textmodel"},
     "calibration": {
-        "checkpoint", "contract", "errors", "feeds", "files", "forms", "graph", "logit_errors", "progress",
+        "checkpoint", "contract", "errors", "feeds", "files", "forms", "graph", "logit_errors", "manifest", "progress",
         "quality", "records", "require", "runners", "text", "validate",
     },
     "calibrated": {"bundle", "files", "records", "report"},
     "cli_calibrate": {"calibrated", "calibration", "errors", "terminal"},
+    "variants": {"errors"},
+    "quantised": {
+        "bench", "bundle", "calibration", "checkpoint", "errors", "feeds", "files", "forms", "genai", "graph", "head",
+        "head_output", "parity", "progress", "records", "runners", "text", "top_k_graph", "workloads",
+    },
+    "matrix_report": {"records", "wording"},
+    "matrix": {
+        "bench", "bundle", "calibration", "errors", "files", "graph", "head", "load", "manifest", "matrix_report",
+        "pipeline", "progress", "quantised", "records", "steps", "text", "variants",
+    },
+    "cli_matrix": {"errors", "matrix", "matrix_report", "pipeline", "terminal", "variants"},
     "cli_native": {
         "bundle", "device_kit", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library",
         "profiles", "records", "steps", "terminal", "wording",
     },
     "cli": {
-        "bundle", "cli_bundle", "cli_calibrate", "cli_generate", "cli_native", "compress", "doctor", "errors", "files", "graph",
+        "bundle", "cli_bundle", "cli_calibrate", "cli_generate", "cli_matrix", "cli_native", "compress", "doctor", "errors", "files", "graph",
         "inspection", "load", "manifest", "pipeline", "report", "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
@@ -142,6 +153,7 @@ LIGHT = {
     "cli_bundle": {"click"},
     "cli_calibrate": {"click"},
     "cli_generate": {"click"},
+    "cli_matrix": {"click"},
     "cli_native": {"click"},
     "terminal": {"rich"},
 }
