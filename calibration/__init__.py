@@ -25,6 +25,7 @@ from export_vq.calibration.smooth import smooth
 from export_vq.calibration.source import TEXTS, Source, in_plain_form, open_source
 from export_vq.files import sha256, write_text
 from export_vq.graph import write_graph
+from export_vq.manifest import STATE
 from export_vq.progress import Progress
 from export_vq.records import CalibrationReport, ErrorStats, LayerDivergence, OnnxArtifact
 from export_vq.runners import OrtRunner, signature_of
@@ -40,7 +41,9 @@ DENSE_HEAD = "lm_head.weight"
 """The dense twin's output layer is quantised like any other: what a VQ head is honestly held against."""
 
 
-def calibrate(folder: Path, options: CalibrationOptions, progress: Progress) -> CalibrationReport:
+def calibrate(
+    folder: Path, options: CalibrationOptions, progress: Progress, target: Path | None = None
+) -> CalibrationReport:
     """Quantise the graph of an output folder, into `<folder>/<precision>`, and measure what that costs.
 
     The new folder holds what the old one did, so `generate`, `build` and ONNX Runtime take it as they take that, and
@@ -50,6 +53,7 @@ def calibrate(folder: Path, options: CalibrationOptions, progress: Progress) -> 
         folder: what `export-vq export` or the main job wrote.
         options: see CalibrationOptions.
         progress: told of every step.
+        target: another folder to write into; ranges are then kept in `<folder>/steps/ranges`, among what is not shipped.
 
     Returns:
         the report; falsy when a limit does not hold.
@@ -60,7 +64,10 @@ def calibrate(folder: Path, options: CalibrationOptions, progress: Progress) -> 
     source = open_source(folder, options)
     width = min(options.width, source.positions)
     material = read_material(options, source.tokenizer, source.artifact.spec.vocab_size, width)
-    return _Run(source, material, options, progress).report()
+    run = _Run(source, material, options, progress)
+    if target is not None:
+        run.target, run.ranges = target, folder / STATE / RANGES
+    return run.report()
 
 
 @dataclass(frozen=True)
@@ -80,14 +87,14 @@ class _Run:
 
     def __init__(self, source: Source, material: Material, options: CalibrationOptions, progress: Progress) -> None:
         self.source, self.material, self.options, self.progress = source, material, options, progress
+        self.target, self.ranges = source.folder / options.precision, source.folder / RANGES
         self.signature = signature_of(source.artifact)
         self.graph_sha256 = sha256(source.path)
         self.notes: list[str] = []
 
     def report(self) -> CalibrationReport:
         options, source = self.options, self.source
-        decisions = self._decided()
-        target = source.folder / options.precision
+        decisions, target = self._decided(), self.target
         model, names, kept = self._quantised(source.graph, decisions)
         artifact = self._write(model, source.artifact, target)
         if source.dense is not None:
@@ -186,7 +193,7 @@ class _Run:
                 taps,
                 self.signature,
                 self.material.calibration,
-                self.source.folder / RANGES,
+                self.ranges,
                 {"graph": self.graph_sha256, "version": version("export-vq"), **made},
                 threads=self.options.threads,
                 tell=lambda part: tell("ranges", part),

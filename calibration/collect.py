@@ -32,6 +32,7 @@ STEPS = 8
 @contextmanager
 def saved(model: ir.Model, folder: Path) -> Iterator[Path]:
     """The graph as a file with its weights, in a scratch folder beside the output, as long as the context lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".calibrate.", dir=folder) as scratch:
         path = Path(scratch, "graph.onnx")
         ir.save(model, path, external_data="graph.data")

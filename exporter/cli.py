@@ -16,6 +16,7 @@ import click
 from export_vq.cli_bundle import print_bundle, serve_files
 from export_vq.cli_calibrate import calibrate
 from export_vq.cli_generate import generate
+from export_vq.cli_matrix import OPTION, MatrixCommand, run_variants
 from export_vq.cli_native import build, plugins, print_engine
 from export_vq.errors import CheckFailed, UserError
 from export_vq.terminal import Steps, console, mib, plain, print_table, yes
@@ -152,10 +153,18 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(cls=MatrixCommand)
 @_MODEL
 @_export_options
 @_check_options
+@click.option(
+    OPTION,
+    "matrix",
+    multiple=True,
+    metavar="KEY=VALUE,...",
+    help="Every combination of dtype=, output= and form= values, each in a folder of its own below --out, and one report of "
+    "all: --matrix dtype=fp16,int8 output=topk,logits. int8, w8, int4 and fp8 are calibrated on --text.",
+)
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="The dense original (folder or GGUF): measures the model gap."
 )
@@ -166,7 +175,9 @@ def cli() -> None:
     help="What the exported model is asked to continue.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of the summary.")
+@click.pass_context
 def run(
+    context: click.Context,
     model: Path,
     out: Path,
     dtype: str,
@@ -179,6 +190,7 @@ def run(
     threads: int,
     baseline: Path | None,
     prompt: str,
+    matrix: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """The main job: export MODEL, check it, time it, report. MODEL is a model.pt or a Hugging Face folder."""
@@ -190,6 +202,9 @@ def run(
     options = RunOptions(
         export=export, text=text, baseline=baseline, prompt=prompt, positions=positions, threads=threads
     )
+    if matrix:
+        run_variants(model, out, matrix, options, as_json=as_json, context=context)
+        return
     report = run_pipeline(model, out, options, Steps())
     click.echo(json.dumps(report.to_json(), indent=1) if as_json else render_summary(report))
     console.print(f"report: {out / 'report.html'}")

@@ -75,12 +75,7 @@ def prefill(signature: Signature, input_ids: Array, mask: Array) -> Feeds:
         input_ids: int64 [B, S].
         mask: int64 [B, S], 1 = token, 0 = padding (on the left).
     """
-    past = {
-        name: np.zeros((len(input_ids), heads, 0, dim), signature.cache_dtype)
-        for i, (heads, dim) in enumerate(signature.cache_shapes)
-        for name in (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
-    }
-    return _with_positions(signature, input_ids, mask) | past
+    return token_feeds(signature, input_ids, mask) | empty_past(signature, len(input_ids))
 
 
 def step(signature: Signature, input_ids: Array, mask: Array, outputs: Feeds) -> Feeds:
@@ -91,10 +86,23 @@ def step(signature: Signature, input_ids: Array, mask: Array, outputs: Feeds) ->
         mask: int64 [B, past + S].
         outputs: of the previous call, with present.{i}.key and .value.
     """
-    past = {
+    return token_feeds(signature, input_ids, mask) | past_of(outputs)
+
+
+def empty_past(signature: Signature, batch: int) -> Feeds:
+    """The cache of `batch` sequences before their first call."""
+    return {
+        name: np.zeros((batch, heads, 0, dim), signature.cache_dtype)
+        for i, (heads, dim) in enumerate(signature.cache_shapes)
+        for name in (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+    }
+
+
+def past_of(outputs: Feeds) -> Feeds:
+    """The cache that a call returned, as the next call takes it."""
+    return {
         name.replace("present.", "past_key_values."): a for name, a in outputs.items() if name.startswith("present.")
     }
-    return _with_positions(signature, input_ids, mask) | past
 
 
 def draws(
@@ -116,7 +124,8 @@ def first_step(runner: Runner, input_ids: Array) -> Feeds:
     return step(signature, again, mask, runner.infer(whole)) | draws(signature, again, random)
 
 
-def _with_positions(signature: Signature, input_ids: Array, mask: Array) -> Feeds:
+def token_feeds(signature: Signature, input_ids: Array, mask: Array) -> Feeds:
+    """A call's inputs without the cache: tokens int64 [B, S], mask int64 [B, past + S]."""
     feeds = {"input_ids": input_ids, "attention_mask": mask}
     if signature.has_position_ids:
         # Padding has no position of its own; Hugging Face's generate counts the same way.

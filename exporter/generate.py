@@ -16,6 +16,7 @@ from export_vq import feeds as fd
 from export_vq.decoding import DecodingOptions, check_token
 from export_vq.detokenize import Decode, TextStream
 from export_vq.errors import UserError
+from export_vq.kv_cache import open_cache
 from export_vq.sampling import next_token
 from export_vq.scores import ScoreReader, Scores
 
@@ -53,7 +54,7 @@ def generate(
         UserError: the graph draws its tokens itself.
     """
     _refuse_sampler(runner, "greedy decoding")
-    batch = _Batch(runner, [prompt])
+    batch = _Batch(runner, [prompt], max_new_tokens)
     for made in range(1, max_new_tokens + 1):
         outputs = batch.infer({})
         # A graph that chooses gives the best first; argmax takes the first of equals.
@@ -108,7 +109,7 @@ def stream(
 
 def _drawn_here(runner: fd.Runner, requests: list[_Request], head: fd.HeadTables | None) -> Iterator[TokenEvent]:
     reader = ScoreReader(head)
-    batch = _Batch(runner, [request.prompt for request in requests])
+    batch = _Batch(runner, [request.prompt for request in requests], _most_tokens(requests))
     while requests:
         outputs = batch.infer({})
         if "logits" not in outputs and head is None:
@@ -122,7 +123,7 @@ def _drawn_here(runner: fd.Runner, requests: list[_Request], head: fd.HeadTables
 
 def _drawn_inside(runner: fd.Runner, requests: list[_Request]) -> Iterator[TokenEvent]:
     temperature = np.array([requests[0].options.temperature], np.float32)
-    batch = _Batch(runner, [request.prompt for request in requests])
+    batch = _Batch(runner, [request.prompt for request in requests], _most_tokens(requests))
     while requests:
         # Rounding to the nearest float32 could give 1, which is outside [0, 1).
         uniform = np.floor([[request.uniform() * 2**24] for request in requests]) / 2**24
@@ -190,10 +191,12 @@ class _Request:
 class _Batch:
     """Prompts, left padded, and their KV cache."""
 
-    def __init__(self, runner: fd.Runner, prompts: list[list[int]]) -> None:
-        self._runner = runner
+    def __init__(self, runner: fd.Runner, prompts: list[list[int]], max_new_tokens: int) -> None:
+        self._signature = runner.signature
         ids, self._mask = fd.left_pad(prompts)
-        self._feeds = fd.prefill(runner.signature, ids, self._mask)
+        # The last new token of a text is not run.
+        self._cache = open_cache(runner, len(prompts), ids.shape[1] + max_new_tokens - 1)
+        self._feeds = fd.token_feeds(self._signature, ids, self._mask)
 
     @property
     def width(self) -> int:
@@ -201,17 +204,15 @@ class _Batch:
         return int(self._feeds["input_ids"].shape[1])
 
     def infer(self, more: fd.Feeds) -> fd.Feeds:
-        self._outputs = self._runner.infer(self._feeds | more)
-        return self._outputs
+        return self._cache.infer(self._feeds | more)
 
     def append(self, rows: list[int], tokens: list[int]) -> None:
         """Go on with some of the rows, and a token for each."""
-        outputs = self._outputs
         if len(rows) < len(self._mask):
             self._mask = self._mask[rows]
-            outputs = {name: a[rows] for name, a in outputs.items() if name.startswith("present.")}
+            self._cache.keep(rows)
         self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
-        self._feeds = fd.step(self._runner.signature, np.array(tokens, np.int64)[:, None], self._mask, outputs)
+        self._feeds = fd.token_feeds(self._signature, np.array(tokens, np.int64)[:, None], self._mask)
 
     def advance(self, requests: list[_Request], events: list[TokenEvent]) -> list[_Request]:
         """Go on with the rows that have not finished; returns their requests."""
@@ -219,6 +220,10 @@ class _Batch:
         if rows:
             self.append(rows, [events[row].token_id for row in rows])
         return [requests[row] for row in rows]
+
+
+def _most_tokens(requests: list[_Request]) -> int:
+    return max(request.options.max_new_tokens for request in requests)
 
 
 def _logprobs(scores: Scores, token: int, n: int | None) -> tuple[float | None, tuple[tuple[int, float], ...]]:

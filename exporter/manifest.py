@@ -33,7 +33,7 @@ STATE = "steps"
 """The folder of what resumable steps keep: no part of what is shipped."""
 CONTRACT = f"{contract.DOMAIN} {contract.VERSION}"
 _SHIPPED = ("vq_ort", "vq_trt")
-_NAMED = ("config.json", "genai_config.json", "report.json", "report.html")
+_NAMED = ("config.json", "genai_config.json", "report.json", "report.html", "calibration.json")
 
 
 @dataclass(frozen=True)

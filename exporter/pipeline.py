@@ -44,7 +44,7 @@ from export_vq.report import render_html
 from export_vq.require import require
 from export_vq.runners import OrtRunner, TorchRunner, native_library, signature_of
 from export_vq.steps import export_step
-from export_vq.text import read_text, token_blocks
+from export_vq.text import filled_blocks, read_text
 from export_vq.trt_runner import TrtRunner
 from export_vq.workloads import head_workloads, runners, step_workload
 
@@ -236,10 +236,8 @@ class _Run:
     def _blocks(self, width: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Token blocks [count, width] of the text, or random ones."""
         if self.text is not None:
-            blocks = token_blocks(
-                self.loaded.tokenizer(), self.text, width, count, vocab_size=self.loaded.spec.vocab_size
-            ).numpy()
-            return np.resize(blocks, (count, width)) if len(blocks) < count else blocks
+            vocab_size = self.loaded.spec.vocab_size
+            return filled_blocks(self.loaded.tokenizer(), self.text, width, count, vocab_size=vocab_size)
         return np.random.default_rng(0).integers(0, self.loaded.spec.vocab_size, (count, width))
 
     def _is_native(self, artifact: OnnxArtifact) -> bool:

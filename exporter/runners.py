@@ -40,6 +40,9 @@ _NUMPY: dict[torch.dtype, type[np.floating[Any]]] = {
 }
 
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
 class TorchRunner(Closing):
     """The PyTorch model: the reference. In float64 it is the oracle of the half-precision checks.
 
@@ -139,7 +142,7 @@ class OrtRunner(Closing):
         signature: Signature,
         *,
         threads: int = 0,
-        provider: str = "CPUExecutionProvider",
+        provider: str = CPU,
         native: bool = True,
         bundle: Path | None = None,
         edited: ir.Model | None = None,
@@ -151,7 +154,7 @@ class OrtRunner(Closing):
             path: an .onnx file.
             signature: of its graph.
             threads: intra-op threads (0: the runtime's choice).
-            provider: the execution provider.
+            provider: the execution provider, CPU or CUDA.
             native: whether to register the native kernels where they are built, or brought along by `bundle`.
             bundle: the output folder that the file lies in, where it is one.
             edited: the graph of that file, changed since; its head's constants and large weights are the file's.
@@ -172,7 +175,11 @@ class OrtRunner(Closing):
         if not fuse_quantised:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.name = f"{path.name} in ONNX Runtime {ort.__version__}"
+        if provider != CPU:
+            self.name += f" on {provider.removesuffix('ExecutionProvider')}"
         self.signature = signature
+        self.cache_dtype = torch.float16 if signature.cache_dtype == np.float16 else torch.float32
+        self.cache_device = torch.device("cpu" if provider == CPU else "cuda")
         self._path = path
         self.native_nodes: int | None = 0
         self._profiles: tempfile.TemporaryDirectory[str] | None = None
@@ -195,6 +202,11 @@ class OrtRunner(Closing):
             raise UserError(
                 f"{path}: ONNX Runtime cannot run it on {provider} ({reason}); export with --dtype fp32 or fp16, or use a GPU"
             ) from error
+        if provider not in self._session.get_providers():  # the runtime falls back without a word
+            raise UserError(
+                f"{path}: ONNX Runtime {ort.__version__} has no {provider} that works here, it offers "
+                f"{', '.join(self._session.get_providers())}; install onnxruntime-gpu with the CUDA version that it wants"
+            )
 
     def infer(self, feeds: Feeds) -> Feeds:
         names = [output.name for output in self._session.get_outputs()]
@@ -202,15 +214,31 @@ class OrtRunner(Closing):
         self._read_profile()
         return outputs
 
+    def infer_with(self, feeds: Feeds, past: dict[str, Tensor], present: dict[str, Tensor]) -> Feeds:
+        """One call with the cache in the caller's memory on `cache_device`: `past` is read and `present` written there.
+
+        Returns:
+            the other outputs, on the host.
+        """
+        binding, number = self._session.io_binding(), np.float16 if self.cache_dtype == torch.float16 else np.float32
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        device, index = self.cache_device.type, self.cache_device.index or 0
+        for bind, tensors in ((binding.bind_input, past), (binding.bind_output, present)):
+            for name, tensor in tensors.items():
+                bind(name, device, index, number, list(tensor.shape), tensor.data_ptr())
+        others = [output.name for output in self._session.get_outputs() if output.name not in present]
+        for name in others:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        self._read_profile()
+        values = binding.get_outputs()[len(present) :]  # in the order in which they were bound
+        return {name: value.numpy() for name, value in zip(others, values, strict=True)}
+
     @cached_property
     def head(self) -> HeadTables | None:
         """The tables of the graph's VQ head, read from its initializers; None where it has none, as the dense twin."""
-        weights = ir.load(self._path).graph.initializers
-        codes, bias = (weights.get(f"{HEAD_PREFIX}{name}") for name in ("codes", "bias"))
-        if codes is None or codes.const_value is None:
-            return None
-        table = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
-        return HeadTables(np.array(codes.const_value.numpy()), table)  # its own memory, not the file's
+        return read_head(self._path)
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
         """A run of these feeds over and over, into the same memory: what a decoding loop does, and what is timed."""
@@ -247,6 +275,16 @@ class OrtRunner(Closing):
         self._session = None
         if self._profiles is not None:
             self._profiles.cleanup()
+
+
+def read_head(path: Path) -> HeadTables | None:
+    """The tables of an .onnx file's VQ head, read from its initializers; None where it has none."""
+    weights = ir.load(path).graph.initializers
+    codes, bias = (weights.get(f"{HEAD_PREFIX}{name}") for name in ("codes", "bias"))
+    if codes is None or codes.const_value is None:
+        return None
+    table = None if bias is None or bias.const_value is None else bias.const_value.numpy().astype(np.float32)
+    return HeadTables(np.array(codes.const_value.numpy()), table)  # its own memory, not the file's
 
 
 def native_library(bundle: Path | None = None) -> Library | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from export_vq.errors import UserError
@@ -33,6 +35,12 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     """A text as token ids, nothing put around it, however long."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return ids
+
+
+def filled_blocks(tokenizer: Any, text: str, width: int, count: int, *, vocab_size: int) -> NDArray[np.int64]:
+    """As many blocks as asked for, int64 [count, width]: those of `token_blocks`, again and again where they are fewer."""
+    blocks: NDArray[np.int64] = token_blocks(tokenizer, text, width, count, vocab_size=vocab_size).numpy()
+    return np.resize(blocks, (count, width)) if len(blocks) < count else blocks
 
 
 def token_blocks(tokenizer: Any, text: str, block: int, limit: int | None = None, *, vocab_size: int) -> Tensor:

@@ -1,26 +1,26 @@
-"""An output folder as the main job writes it, opened for writing text: graph, tokenizer, ends of text.
+"""An output folder as the main job writes it, opened for writing text: graph, tokenizer, chat template, ends of text.
 
-A graph with V logits is run as the one that gives the best tokens of the last position (top_k_graph.py), where it has
-the head's node for that.
+In ONNX Runtime a graph with V logits is run as the one that gives the best tokens of the last position (top_k_graph.py),
+where it has the head's node for that.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from export_vq.backends import AUTO, longest_sequence, open_runner
+from export_vq.chat import ChatTemplate, has_template
 from export_vq.checkpoint import read_json
 from export_vq.decoding import DecodingOptions
 from export_vq.errors import UserError
 from export_vq.feeds import Closing
 from export_vq.files import is_inside
-from export_vq.forms import read_graph
 from export_vq.generate import TokenEvent, stream
 from export_vq.records import OnnxArtifact
-from export_vq.runners import OrtRunner, signature_of
-from export_vq.top_k_graph import end_in_top_k
 from export_vq.validate import check_tokenizer
 
 
@@ -30,10 +30,12 @@ class TextModel(Closing):
     Attributes:
         runner: the graph that it writes with.
         eos_ids: tokens that end a text.
+        has_template: whether prompts are messages in a chat, as the tokenizer's template writes it.
     """
 
-    def __init__(self, folder: Path, threads: int = 0) -> None:
-        """Args: holds model.onnx with its record, config.json, tokenizer.json; intra-op threads (0: the runtime's choice).
+    def __init__(self, folder: Path, threads: int = 0, backend: str = AUTO) -> None:
+        """Args: holds model.onnx with its record, config.json, tokenizer.json; intra-op threads (0: the runtime's choice);
+        what runs it, see backends.py.
 
         Raises:
             UserError: a file is missing or damaged, or this machine cannot run the graph.
@@ -55,37 +57,70 @@ class TextModel(Closing):
         check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
         config = read_json(folder / "config.json")
         self.eos_ids = _eos_ids(folder, config)
-        self._positions = config.get("max_position_embeddings") or config.get("n_positions")
         self._vocab_size = artifact.spec.vocab_size
         self._tokenizer = Tokenizer.from_str(text)
-        self.runner = _runner(folder, artifact, threads)
+        self._folder = folder
+        self.has_template = has_template(folder)
+        self.runner = open_runner(folder, artifact, backend, threads)
+        self._positions = config.get("max_position_embeddings") or config.get("n_positions")
+        self._longest = longest_sequence(self.runner)
 
-    def write(self, prompt: str, options: DecodingOptions) -> Iterator[TokenEvent]:
-        """Go on from a prompt. Text ends at the model's own ends too, and where its positions do ('length').
+    def encode(self, prompt: str, *, raw: bool = False, where: str = "the prompt") -> list[int]:
+        """A prompt as token ids: the user's message of a chat where the tokenizer has a template, else the text as it is.
+
+        Args:
+            prompt: any text.
+            raw: leave the template out.
+            where: what the sentence of an error calls the prompt.
 
         Raises:
-            UserError: the prompt has no tokens, tokens that the model lacks, or leaves no position to write in; an
-                option cannot be used.
+            UserError: it has no tokens, tokens that the model lacks, or leaves no position to write in; the template
+                cannot be used.
         """
-        ids: list[int] = self._tokenizer.encode(prompt).ids
+        templated = self.has_template and not raw
+        text = self._template.user_turn(prompt) if templated else prompt
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=not templated).ids
+        if not ids:
+            raise UserError(f"{where} is empty, expected at least one token; give a text to go on from")
         unknown = [token for token in ids if token >= self._vocab_size]
         if unknown:
             name = self._tokenizer.id_to_token(unknown[0])
             raise UserError(
-                f"the prompt holds the token {name!r} with id {unknown[0]}, expected ids below {self._vocab_size}; "
-                "remove it from the prompt"
+                f"{where} holds the token {name!r} with id {unknown[0]}, expected ids below {self._vocab_size}; remove it "
+                "from the prompt"
             )
-        room = options.max_new_tokens if self._positions is None else self._positions - len(ids)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens, expected fewer than the model's {self._positions} positions; shorten it"
-            )
-        options = dataclasses.replace(
-            options,
-            eos_ids=options.eos_ids | self.eos_ids,
-            max_new_tokens=min(options.max_new_tokens, room),
-        )
-        return stream(self.runner, [ids], options, self.decode)
+        for holder, most in (("model", self._positions), ("engine", self._longest)):
+            if most is not None and len(ids) >= most:
+                raise UserError(
+                    f"{where} has {len(ids)} tokens, expected fewer than the {holder}'s {most} positions; shorten it"
+                )
+        return ids
+
+    def write(self, prompt: str, options: DecodingOptions, *, raw: bool = False) -> Iterator[TokenEvent]:
+        """Go on from one prompt; see `encode` and `write_batch`."""
+        return self.write_batch([self.encode(prompt, raw=raw)], options)
+
+    def write_batch(self, prompts: Sequence[list[int]], options: DecodingOptions) -> Iterator[TokenEvent]:
+        """Go on from several prompts at once, token ids as `encode` gives them.
+
+        Texts end at the model's own ends too, and where its positions do ('length').
+
+        Raises:
+            UserError: an option cannot be used, or the graph cannot do what it asks.
+        """
+        widest = max(map(len, prompts), default=0)
+        each = []
+        for ids in prompts:
+            # The model counts a row's own tokens, an engine the padding too.
+            room = [self._positions - len(ids)] if self._positions is not None else []
+            room += [self._longest - widest] if self._longest is not None else []
+            most = min([options.max_new_tokens, *room])
+            each.append(dataclasses.replace(options, eos_ids=options.eos_ids | self.eos_ids, max_new_tokens=most))
+        return stream(self.runner, prompts, each, self.decode)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._folder)
 
     def decode(self, ids: Any) -> str:
         """Token ids -> text, without special tokens."""
@@ -93,17 +128,6 @@ class TextModel(Closing):
 
     def close(self) -> None:
         self.runner.close()
-
-
-def _runner(folder: Path, artifact: OnnxArtifact, threads: int) -> OrtRunner:
-    """The graph that generation runs."""
-    file, signature = folder / artifact.path, signature_of(artifact)
-    graph = read_graph(file)
-    output = end_in_top_k(graph, artifact)
-    if output is None:
-        return OrtRunner(file, signature, threads=threads, bundle=folder, fuse_quantised=artifact.fusible)
-    signature = dataclasses.replace(signature, output=output.word, top_k=output.top_k, last_token=output.last_token)
-    return OrtRunner(file, signature, threads=threads, bundle=folder, edited=graph, fuse_quantised=artifact.fusible)
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:

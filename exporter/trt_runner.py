@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export_vq.errors import UserError
-from export_vq.feeds import Closing, Feeds, HeadTables, Signature
+from export_vq.feeds import Array, Closing, Feeds, HeadTables, Signature
 from export_vq.plan import LoadedEngine, load_engine
 from export_vq.profiles import choose_profile
 from export_vq.records import EngineArtifact
@@ -48,11 +48,11 @@ def signature_of_engine(artifact: EngineArtifact) -> Signature:
 class TrtRunner(Closing):
     """One engine, one stream, one execution context per profile. Not for several threads at once."""
 
-    head: HeadTables | None = None
-    """A plan does not show its constants."""
-
-    def __init__(self, sidecar: Path, *, plugin: Path | None = None, cuda_graph: bool = False) -> None:
-        """Args: <kind>.json beside the plan; the plugin library (None: the one built here); whether to capture CUDA graphs.
+    def __init__(
+        self, sidecar: Path, *, plugin: Path | None = None, cuda_graph: bool = False, head: HeadTables | None = None
+    ) -> None:
+        """Args: <kind>.json beside the plan; the plugin library (None: the one built here); whether to capture CUDA graphs;
+        the constants of its VQ head, which a plan does not show.
 
         A graph is captured when the same tensors are run a second time, as a benchmark of one decode step does; its
         outputs are then the same tensors every time.
@@ -68,11 +68,15 @@ class TrtRunner(Closing):
         self.artifact = loaded.artifact
         self.name = f"{loaded.artifact.kind} in {loaded.here}"
         self.signature = signature_of_engine(loaded.artifact)
+        self.head = head
         self._loaded: LoadedEngine | None = loaded
         self._dtypes = {
             name: TORCH_DTYPES[loaded.engine.get_tensor_dtype(name).name.lower()]
             for name in (*self.artifact.input_names, *self.artifact.output_names)
         }
+        cached = [dtype for name, dtype in self._dtypes.items() if name.startswith("past_key_values.")]
+        self.cache_dtype = cached[0] if cached else torch.float32
+        self.cache_device = torch.device("cuda")
         self._stream = torch.cuda.Stream()
         self._contexts: dict[int, Any] = {}
         # An empty tensor has no memory of its own, and TensorRT takes no null address.
@@ -85,24 +89,29 @@ class TrtRunner(Closing):
         """Named numpy arrays in, named numpy arrays out."""
         outputs = self.run(self.to_device(feeds))
         self.synchronize()
-        return {
-            name: (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-            for name, value in outputs.items()
-        }
+        return {name: _to_host(value) for name, value in outputs.items()}
+
+    def infer_with(self, feeds: Feeds, past: dict[str, Tensor], present: dict[str, Tensor]) -> Feeds:
+        """One call with the cache in the caller's memory on the GPU: `past` is read and `present` written there.
+
+        Returns:
+            the other outputs, on the host.
+        """
+        outputs = self.run(self._put(feeds) | past, into=present)
+        self.synchronize()
+        return {name: _to_host(value) for name, value in outputs.items() if name not in present}
 
     def to_device(self, feeds: Feeds) -> dict[str, Tensor]:
         """The feeds as CUDA tensors of the types that the engine takes."""
         self._check_names(feeds)
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to("cuda", self._dtypes[name])
-            for name, array in feeds.items()
-        }
+        return self._put(feeds)
 
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, tensors: dict[str, Tensor], into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Enqueue the engine after what the current stream holds, and let the current stream wait for it.
 
         Args:
             tensors: every input, contiguous on the GPU, of the engine's types.
+            into: outputs by name to write where the caller wants them, of their shapes and types; the others are new.
 
         Returns:
             every output, on the GPU; the host does not wait, see `synchronize`.
@@ -120,7 +129,7 @@ class TrtRunner(Closing):
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            outputs = self._replay(tensors) or self._enqueue(tensors)
+            outputs = (None if into else self._replay(tensors)) or self._enqueue(tensors, into or {})
         current.wait_stream(self._stream)
         for tensor in tensors.values():
             tensor.record_stream(self._stream)  # the caller may free it while it is read
@@ -140,7 +149,13 @@ class TrtRunner(Closing):
         self._contexts.clear()
         self._loaded = None
 
-    def _enqueue(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _put(self, feeds: Feeds) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to("cuda", self._dtypes[name])
+            for name, array in feeds.items()
+        }
+
+    def _enqueue(self, tensors: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
         context = self._context(choose_profile(self.artifact.profiles, {n: t.shape for n, t in tensors.items()}))
         for name, tensor in tensors.items():
             self._demand(context.set_input_shape(name, tuple(tensor.shape)))
@@ -148,7 +163,8 @@ class TrtRunner(Closing):
         outputs = {}
         for name in self.artifact.output_names:
             shape = tuple(context.get_tensor_shape(name))
-            outputs[name] = torch.empty(shape, dtype=self._dtypes[name], device="cuda")
+            outputs[name] = into[name] if name in into else torch.empty(shape, dtype=self._dtypes[name], device="cuda")
+            assert outputs[name].shape == shape, f"{name} is {shape}, its memory {tuple(outputs[name].shape)}"
             self._demand(context.set_tensor_address(name, self._address(outputs[name])))
         self._demand(context.execute_async_v3(self._stream.cuda_stream))
         return outputs
@@ -165,7 +181,7 @@ class TrtRunner(Closing):
                 return None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
-                outputs = self._enqueue(tensors)
+                outputs = self._enqueue(tensors, {})
             self._captured = key, graph, dict(tensors), outputs  # the graph reads these inputs: they must live on
         self._captured[1].replay()
         return self._captured[3]
@@ -196,3 +212,8 @@ class TrtRunner(Closing):
         if not succeeded:
             assert self._loaded is not None
             raise UserError(f"{self.name}: TensorRT refuses to run: {last_errors(self._loaded.here)}")
+
+
+def _to_host(tensor: Tensor) -> Array:
+    """As a numpy array, bfloat16 as float32."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()

@@ -10,10 +10,13 @@ from checkpoints import tiny_model
 from tensorrt_fixture import install_tensorrt
 
 from export_vq import plan, proof, trt_runner
+from export_vq.decoding import DecodingOptions
 from export_vq.engine import EngineOptions, build_engine
 from export_vq.errors import UserError
-from export_vq.feeds import prefill, step
+from export_vq.feeds import left_pad, prefill, step, token_feeds
+from export_vq.generate import stream
 from export_vq.graph import ExportOptions, export_onnx, head_graph
+from export_vq.kv_cache import BoundCache, HandedCache, open_cache
 from export_vq.parity import CaseInput, check_parity
 from export_vq.plugins.library import require_library
 from export_vq.records import EngineArtifact
@@ -174,3 +177,25 @@ def test_what_the_engine_does_not_serve_is_refused(engines):
         with pytest.raises(UserError, match="pass it through to_device"):
             runner.run({**tensors, "input_ids": tensors["input_ids"].cpu()})
         assert set(runner.infer(feeds)) == set(runner.artifact.output_names)  # and goes on working
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("kind", ["vq-plugin", "vq-plain"])
+def test_text_is_written_with_the_cache_on_the_gpu(engines, kind, dtype):
+    """Rows that end apart; the numbers are those of arrays handed over, as both are the same engine's."""
+    prompts = [[5, 9, 40, 17, 23], [31, 8], [60]]
+    each = [DecodingOptions(max_new_tokens=n) for n in (9, 3, 6)]
+    with TrtRunner(_sidecar(engines, kind, dtype)) as runner:
+        assert isinstance(open_cache(runner, 3, 14), BoundCache)
+        bound = [(event.request, event.token_id) for event in stream(runner, prompts, each)]
+        handed = HandedCache(runner, 3)
+        ids, mask = left_pad(prompts)
+        outputs = handed.infer(token_feeds(runner.signature, ids, mask))
+        made = []
+        for _ in range(3):
+            made.append(outputs["logits"][:, -1].argmax(-1))
+            mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            outputs = handed.infer(token_feeds(runner.signature, made[-1][:, None], mask))
+    for request in range(3):
+        assert [token for row, token in bound if row == request][:3] == [int(step[request]) for step in made]
