@@ -73,7 +73,8 @@ def anchors(path: Path) -> set[str]:
 
 def tables(path: Path) -> list[Table]:
     found: list[Table] = []
-    heading, lines = "", []
+    heading = ""
+    lines: list[list[str]] = []
     for token, before in zip(tokens(path), (None, *tokens(path)), strict=False):
         if token.type == "inline" and before is not None and before.type == "heading_open":
             heading = text_of(token)
@@ -84,7 +85,7 @@ def tables(path: Path) -> list[Table]:
         elif token.type == "inline" and before is not None and before.type in ("th_open", "td_open"):
             lines[-1].append(text_of(token))
         elif token.type == "table_close":
-            columns, *rows = map(tuple, lines)
+            columns, *rows = [tuple(cells) for cells in lines]
             found.append(Table(heading, columns, tuple(rows)))
     return found
 
@@ -108,14 +109,15 @@ def commands(shell: str) -> list[list[str]]:
         call: list[str] | None = None
         first = True  # in its command
         for word in lexer:
-            if set(word) <= _OPERATORS:
+            ends = bool(word) and set(word) <= _OPERATORS
+            if ends:
                 call = None
             elif call is not None:
                 call.append(word)
             elif first and Path(word).name == "export-vq":
                 call = []
                 found.append(call)
-            first = set(word) <= _OPERATORS
+            first = ends
     return found
 
 

@@ -60,11 +60,21 @@ def _templates():
 TEMPLATES = tuple(_templates())
 
 
+def _holds(template, pieces):
+    """Whether the pieces stand in a text in their order."""
+    place = 0
+    for piece in pieces:
+        place = template.find(piece, place)
+        if place < 0:
+            return False
+        place += len(piece)
+    return True
+
+
 def occurs(message):
-    """Whether some string of the sources holds the message's pieces in their order."""
-    pieces = [re.escape(piece.strip()) for piece in message.split(GAP) if piece.strip()]
-    pattern = re.compile(".*".join(pieces), re.DOTALL)
-    return any(pattern.search(template) for template in TEMPLATES)
+    """Whether some string of the sources is the message, whatever fills its gaps."""
+    pieces = [piece.strip() for piece in message.split(GAP) if piece.strip()]
+    return any(_holds(template, pieces) for template in TEMPLATES)
 
 
 @pytest.mark.parametrize("message", OURS)
