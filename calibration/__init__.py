@@ -24,6 +24,7 @@ from export_vq.calibration.sensitivity import sensitivity
 from export_vq.calibration.smooth import smooth
 from export_vq.calibration.source import TEXTS, Source, in_plain_form, open_source
 from export_vq.files import sha256, write_text
+from export_vq.genai import write_genai_config
 from export_vq.graph import write_graph
 from export_vq.progress import Progress
 from export_vq.records import CalibrationReport, ErrorStats, LayerDivergence, OnnxArtifact
@@ -96,6 +97,7 @@ class _Run:
         for name in TEXTS:
             if (source.folder / name).is_file():
                 write_text(target / name, (source.folder / name).read_text(encoding="utf-8"))
+        write_genai_config(target, artifact, source.config)
         stats = self._judge(artifact, target)
         report = CalibrationReport(
             path=artifact.path,
@@ -134,14 +136,14 @@ class _Run:
         names = [p.name for p in chosen(products(graph), wanted, head=options.quantise_head)]
         decisions = _Decisions(names)
         if self._alpha:
-            seen = self._counted(graph, names, {})
+            seen = self._counted(graph, {})
             largest = {name: histogram.channels for name, histogram in seen.items()}
             decisions = dataclasses.replace(decisions, smoothed=names, largest=largest)
         smoothed = graph.clone()
         self._smooth(smoothed, decisions)
         if options.precision in WITH_RANGES:
             made = {"smooth": [self._alpha, names]} if self._alpha else {}
-            seen = self._counted(smoothed, names, made)
+            seen = self._counted(smoothed, made)
             magnitudes = {name: magnitude(h, options.method, options.precision) for name, h in seen.items()}
             decisions = dataclasses.replace(decisions, magnitudes=magnitudes)
         if options.sensitivity or options.kept_most_sensitive:
@@ -172,12 +174,12 @@ class _Run:
             self.notes += [note] * (note not in self.notes)
         return model, names, tuple(p.name for p in everything if p.name not in names)
 
-    def _counted(self, graph: ir.Model, names: list[str], made: dict[str, Any]) -> dict[str, Histogram]:
+    def _counted(self, graph: ir.Model, made: dict[str, Any]) -> dict[str, Histogram]:
+        """What enters the products; of all of them, so that the counts serve whatever is kept later."""
         model = in_plain_form(graph)
         taps: dict[str, str] = {}
         for layer in products(model):
-            if layer.name in names:
-                taps.setdefault(str(layer.activation.name), layer.name)
+            taps.setdefault(str(layer.activation.name), layer.name)
         if self.source.dense is not None:
             taps |= {str(p.activation.name): p.name for p in products(self.source.dense) if p.name == DENSE_HEAD}
         with self.progress.step("ranges") as tell:

@@ -87,11 +87,16 @@ def calibrate(folder: Path, head: str, block: str, as_json: bool, **chosen: Any)
     from export_vq.calibrated import refresh_report
     from export_vq.calibration import CalibrationOptions
     from export_vq.calibration import calibrate as quantised
+    from export_vq.manifest import FILE as MANIFEST
+    from export_vq.manifest import seal
 
     options = CalibrationOptions(**chosen, block=int(block), quantise_head=head == "quantise")
     report = quantised(folder, options, Steps())
+    seal(folder / options.precision)
     if refresh_report(folder):
         console.print(f"report: {folder / 'report.html'}")
+    if (folder / MANIFEST).is_file():
+        seal(folder)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:

@@ -32,8 +32,8 @@ from export_vq.calibration.documents import read_material
 from export_vq.calibration.judge import compare
 from export_vq.calibration.products import products
 from export_vq.calibration.source import open_source
-from export_vq.engine_source import read_graph
 from export_vq.files import sha256
+from export_vq.forms import read_graph
 from export_vq.graph import ExportOptions, export_onnx
 from export_vq.load import load_model
 from export_vq.records import OnnxArtifact

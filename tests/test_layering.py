@@ -109,11 +109,11 @@ MAY_IMPORT = {
     "cli_bundle": {"errors", "manifest", "runners", "terminal", "triton"},
     "cli_generate": {"decoding", "textmodel"},
     "calibration": {
-        "checkpoint", "contract", "errors", "feeds", "files", "forms", "graph", "logit_errors", "progress",
-        "quality", "records", "require", "runners", "text", "validate",
+        "checkpoint", "contract", "errors", "feeds", "files", "forms", "genai", "graph", "logit_errors", "manifest",
+        "progress", "quality", "records", "require", "runners", "text", "validate",
     },
     "calibrated": {"bundle", "files", "records", "report"},
-    "cli_calibrate": {"calibrated", "calibration", "errors", "terminal"},
+    "cli_calibrate": {"calibrated", "calibration", "errors", "manifest", "terminal"},
     "cli_native": {
         "bundle", "device_kit", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library",
         "profiles", "records", "steps", "terminal", "wording",
