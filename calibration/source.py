@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from export_vq import forms, manifest
-from export_vq.calibration.options import CalibrationOptions
+from export_vq.calibration.options import HALF, CalibrationOptions
 from export_vq.calibration.products import check_unquantised, products
 from export_vq.calibration.quantise import needed_opset
 from export_vq.checkpoint import TOKENIZER_FILES, read_json
@@ -65,6 +65,10 @@ def open_source(folder: Path, options: CalibrationOptions) -> Source:
         raise UserError(
             f"{path}: gives {artifact.output} of {'the last position' if artifact.last_token else 'each position'}, but logits "
             "of every position are needed to measure what quantising costs; export it with --output logits"
+        )
+    if options.precision in HALF and artifact.dtype != "fp32":
+        raise UserError(
+            f"{path}: is in {artifact.dtype} already, so what it overflows cannot be seen; export it with --dtype fp32"
         )
     if artifact.opset < needed_opset(options):
         raise UserError(

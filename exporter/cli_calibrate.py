@@ -16,9 +16,9 @@ from export_vq.terminal import Steps, console, mib, plain
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--precision",
-    type=click.Choice(["int8", "fp8", "w8", "int4"]),
+    type=click.Choice(["fp16", "bf16", "int8", "fp8", "w8", "int4"]),
     required=True,
-    help="int8, fp8: weights and activations. w8, int4: weights alone.",
+    help="fp16, bf16: all, but for what overflows. int8, fp8: weights and activations. w8, int4: weights alone.",
 )
 @click.option(
     "--text",
@@ -61,6 +61,20 @@ from export_vq.terminal import Steps, console, mib, plain
     default="",
     metavar="auto:N|NAMES",
     help="Leave layers in the type of the graph: the N most sensitive, or names with commas (model.layers.0 for all in it).",
+)
+@click.option(
+    "--keep-in-int8",
+    "eight",
+    default="",
+    metavar="auto:N|NAMES",
+    help="Give layers 8 bits where --precision is int4, said in the same way.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["gptq", "nearest"]),
+    default="gptq",
+    show_default=True,
+    help="How weights become 4 bits: so that results on the text change least, or each to the nearest.",
 )
 @click.option(
     "--head",

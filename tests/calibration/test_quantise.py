@@ -192,7 +192,9 @@ def test_smoothing_changes_nothing_but_rounding(folder):
     layers = chosen(products(model), [], head=False)
     random = np.random.default_rng(0)
     largest = {str(p.activation.name): random.uniform(0.1, 50, p.numbers().shape[0]) for p in layers}
-    assert smooth(model, layers, {n: v.astype(np.float32) for n, v in largest.items()}, 0.5) == 4  # two norms a layer
+    assert (
+        smooth(model, layers, {n: v.astype(np.float32) for n, v in largest.items()}, 0.5) == 6
+    )  # two norms and a gate a layer
     exact = logits(folder)
     assert np.abs(logits(folder, model) - exact).max() < 1e-5 * np.ptp(exact)
 
