@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ from export_vq.calibration.documents import Material, read_material
 from export_vq.calibration.extremes import add_extremes, magnitudes, with_types
 from export_vq.calibration.gptq import Grid, gptq
 from export_vq.calibration.half import convert, islands
+from export_vq.calibration.histogram import Histogram, Largest
 from export_vq.calibration.judge import compare, failures
 from export_vq.calibration.moments import Moments, second_moments
 from export_vq.calibration.options import HALF, WITH_RANGES, CalibrationOptions
@@ -85,6 +87,7 @@ class _Decisions:
 
 
 T = TypeVar("T")
+_histograms = partial(collect, kind=Histogram)
 
 
 class _Count(Protocol[T]):
@@ -129,6 +132,11 @@ class _Run:
                 write_text(target / name, (source.folder / name).read_text(encoding="utf-8"))
         write_genai_config(target, artifact, source.config)
         stats = self._judge(artifact, target, decisions)
+        if stats.perplexity_reference > source.artifact.spec.vocab_size:
+            self.notes.append(
+                f"the unquantised model's perplexity on the text is {stats.perplexity_reference:.4g}, worse than guessing among "
+                f"its {source.artifact.spec.vocab_size} tokens: is this text in its language, and tokenizer.json its own?"
+            )
         report = CalibrationReport(
             path=artifact.path,
             precision=options.precision,
@@ -169,14 +177,14 @@ class _Run:
         four = {p.name for p in chosen(found, _names(options.eight), head=True)}
         decisions = _Decisions(names, in_8_bits=frozenset(p.name for p in found if p.name not in four))
         if self._alpha:
-            seen = self._counted(graph, {}, collect)
+            seen = self._counted(graph, {}, _histograms)
             largest = {name: histogram.channels for name, histogram in seen.items()}
             decisions = dataclasses.replace(decisions, smoothed=names, largest=largest)
         smoothed = graph.clone()
         self._smooth(smoothed, decisions)
         if options.precision in WITH_RANGES:
             made = {"smooth": [self._alpha, names]} if self._alpha else {}
-            seen = self._counted(smoothed, made, collect)
+            seen = self._counted(smoothed, made, _histograms)
             ranges = {name: magnitude(h, options.method, options.precision) for name, h in seen.items()}
             decisions = dataclasses.replace(decisions, magnitudes=ranges)
         if self._by_moments:
@@ -214,8 +222,8 @@ class _Run:
     def _extremes(self) -> dict[str, float]:
         """The largest magnitude of everything that the graph computes."""
         model = with_types(self.source.graph)
-        seen = self._collect(model, add_extremes(model), {}, collect)
-        return magnitudes({name: histogram.largest for name, histogram in seen.items()})
+        seen = self._collect(model, add_extremes(model), {}, partial(collect, kind=Largest))
+        return magnitudes({name: extreme.largest for name, extreme in seen.items()})
 
     def _made(self, graph: ir.Model, decisions: _Decisions) -> tuple[ir.Model, list[str], tuple[str, ...]]:
         """A graph as decided; the names of the products that were changed, and of those that were not."""

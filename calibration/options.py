@@ -17,8 +17,8 @@ ROUNDINGS = ("gptq", "nearest")
 METHODS = ("max", "percentile", "entropy", "mse")
 RUNTIMES = ("onnxruntime", "tensorrt")
 BLOCKS = (32, 64, 128)
-LEAST_OPSET = {"fp8": 19}
-"""First opset with the precision's types."""
+NARROW_OPSET = 19
+"""First opset whose Quantize- and DequantizeLinear know FP8, and scales in float16 and bfloat16."""
 BLOCKS_OPSET = 21
 """First opset whose DequantizeLinear takes blocks and int4."""
 ALLOWED_INCREASE = {"fp16": 0.01, "bf16": 0.01, "w8": 0.01, "int8": 0.01, "fp8": 0.01, "int4": 0.05}

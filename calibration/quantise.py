@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx_ir import tape
 
 from export_vq.calibration.gptq import Grid
-from export_vq.calibration.options import BLOCKS_OPSET, LEAST_OPSET, CalibrationOptions
+from export_vq.calibration.options import BLOCKS_OPSET, NARROW_OPSET, CalibrationOptions
 from export_vq.calibration.products import Product
 from export_vq.calibration.ranges import TOP
 from export_vq.calibration.rounding import Packed, Rounded, by_block, by_channel, on_grid, packed, packed_grid
@@ -37,10 +37,12 @@ _INTEGER_PRODUCTS = 4
 """MatMulNBits' accuracy_level: it rounds its input to int8 too, block by block, which is its fastest way on a CPU."""
 
 
-def needed_opset(options: CalibrationOptions) -> int:
-    """The first opset that holds what the options ask for."""
-    blocks = options.precision == "int4" and options.runtime == "tensorrt"
-    return BLOCKS_OPSET if blocks else LEAST_OPSET.get(options.precision, 0)
+def needed_opset(options: CalibrationOptions, *, narrow: bool) -> int:
+    """The first opset that holds what the options ask for, of a graph in float32 or, `narrow`, in a 16-bit type."""
+    if options.runtime == "tensorrt" and options.precision == "int4":
+        return BLOCKS_OPSET
+    pairs = options.precision in TOP or (options.precision in BITS and options.runtime == "tensorrt")
+    return NARROW_OPSET if pairs and (narrow or options.precision == "fp8") else 0
 
 
 def quantise(
@@ -68,7 +70,8 @@ def quantise(
     Raises:
         UserError: the graph's opset is too old.
     """
-    opset, needed = model.graph.opset_imports[""], needed_opset(options)
+    narrow = any(layer.dtype != ir.DataType.FLOAT for layer in layers)
+    opset, needed = model.graph.opset_imports[""], needed_opset(options, narrow=narrow)
     if opset < needed:
         raise UserError(
             f"the graph has opset {opset}, {options.precision} needs {needed}; export it again with --opset {needed}"

@@ -70,10 +70,11 @@ def open_source(folder: Path, options: CalibrationOptions) -> Source:
         raise UserError(
             f"{path}: is in {artifact.dtype} already, so what it overflows cannot be seen; export it with --dtype fp32"
         )
-    if artifact.opset < needed_opset(options):
+    needed = needed_opset(options, narrow=artifact.dtype != "fp32")
+    if artifact.opset < needed:
         raise UserError(
-            f"{path}: has opset {artifact.opset}, {options.precision} for {options.runtime} needs {needed_opset(options)}; "
-            f"export it again with --opset {needed_opset(options)}"
+            f"{path}: has opset {artifact.opset}, {options.precision} of {artifact.dtype} for {options.runtime} needs {needed}; "
+            f"export it again with --opset {needed}"
         )
     if not products(graph):
         raise UserError(f"{path}: has no product with weights to quantise; export it again")

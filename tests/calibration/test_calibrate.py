@@ -65,6 +65,23 @@ def test_the_most_sensitive_layers_are_kept_and_that_helps(folder, text):
     assert part.total.kl_mean < whole.total.kl_mean
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_codebook_tells_what_it_costs(folder, text, precision):
+    keep = "model.layers"  # nothing but the head is quantised, so its cost is the whole
+    found = calibrate(folder, options(precision, text, quantise_head=True, keep=keep, samples=1), Steps())
+    assert found.quantised == 1
+    (cost,) = found.sensitivity
+    assert cost.name == "lm_head.codebook"
+    source = open_source(folder, options(precision, text))
+    block = read_material(options(precision, text, samples=1), source.tokenizer, 97, 24).calibration[:1]
+    signature = signature_of(source.artifact)
+    with (
+        OrtRunner(source.path, signature) as a,
+        OrtRunner(folder / precision / "model.onnx", signature, fuse_quantised=False) as b,
+    ):
+        assert compare(a, b, block).kl_mean == pytest.approx(cost.kl, rel=0.01, abs=1e-7)
+
+
 def test_one_layer_s_sensitivity_is_what_it_costs_quantised_alone(folder, text):
     """The switches against a graph in which that layer alone is quantised, on the very block that they were measured on."""
     asked = options("w8", text, runtime="tensorrt", sensitivity=True, samples=1)

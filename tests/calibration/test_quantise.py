@@ -7,7 +7,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from export_vq import contract, feeds, forms
 from export_vq.calibration.options import CalibrationOptions
 from export_vq.calibration.products import chosen, products
-from export_vq.calibration.quantise import quantise
+from export_vq.calibration.quantise import needed_opset, quantise
 from export_vq.calibration.rounding import by_block, by_channel, packed
 from export_vq.calibration.smooth import smooth
 from export_vq.errors import UserError
@@ -205,3 +205,10 @@ def test_an_opset_too_old_is_told(folder):
         model.graph.opset_imports[""] = opset
         with pytest.raises(UserError, match=f"opset {opset}, {precision} needs {needed}"):
             quantise(model, [], options(precision, runtime="tensorrt"), {})
+
+
+def test_scales_in_float16_need_an_opset_that_knows_them():
+    for precision, runtime in (("int8", "onnxruntime"), ("w8", "tensorrt")):
+        asked = options(precision, runtime=runtime)
+        assert (needed_opset(asked, narrow=False), needed_opset(asked, narrow=True)) == (0, 19)
+    assert needed_opset(options("w8"), narrow=True) == 0  # MatMulNBits is of another domain
