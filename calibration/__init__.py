@@ -339,9 +339,7 @@ class _Run:
             with OrtRunner(path, signature, threads=threads, fuse_quantised=artifact.fusible) as runner:
                 yield runner
             return
-        self.notes.append(
-            "tested with every result rounded to bf16 in float32: this machine's runtime has no bf16 kernels"
-        )
+        self.notes.append(f"tested in float32 with every result rounded to {self.options.precision}")
         model, _, _ = self._narrowed(self.source.graph, decisions, simulated=True)
         with saved(model, target) as path, OrtRunner(path, self.signature, threads=threads) as runner:
             yield runner

@@ -90,6 +90,11 @@ class CalibrationOptions:
             raise UserError(f"--smooth is {self.smooth}, expected 0 (none) to below 1; leave it out for 0.5")
         if self.samples < 1 or self.test_tokens < 1:
             raise UserError("--samples and --test-tokens must be 1 or more")
+        if self.precision in HALF and (self.keep or self.sensitivity):
+            raise UserError(
+                f"--keep-in-fp16 and --sensitivity are for products that are quantised, and {self.precision} is a type for "
+                "everything; leave them out"
+            )
         if self.eight and self.precision != "int4":
             raise UserError(f"--keep-in-int8 is for int4, the precision is {self.precision}; leave it out")
         _ = self.kept_most_sensitive, self.eight_most_sensitive  # what cannot be read is told now, not after an hour

@@ -189,6 +189,8 @@ def test_another_model_s_tokenizer_is_told_even_where_its_ids_are_known(folder, 
         ({"block": 48}, "--block is 48"),
         ({"keep": "auto:some"}, "expected auto:N"),
         ({"smooth": 1.5}, "--smooth is 1.5"),
+        ({"precision": "fp16", "keep": "auto:3"}, "fp16 is a type for everything"),
+        ({"precision": "int4", "rounding": "up"}, "--rounding is 'up'"),
         ({"precision": "int4", "quantise_head": True}, "--head quantise is for int8 and fp8"),
     ],
 )
