@@ -41,7 +41,8 @@ class CalibrationOptions:
         rounding: of weights in 4 bits, one of ROUNDINGS: so that results on the calibration text change least, or each to
             the nearest number.
         runtime: what the weight-only forms are for, one of RUNTIMES; int8 and fp8 are the same for both.
-        keep: layers to leave as they are: 'auto:N' for the N most sensitive, or names or beginnings of names with commas.
+        keep: layers to leave as they are: 'auto:N' for the N most sensitive, or names, with commas, or
+            beginnings or ends of names: model.layers.0, down_proj.
         eight: layers that 'int4' gives 8 bits, said as in `keep`.
         quantise_head: also round the codebook of a VQ head, or the matrix of a dense one.
         smooth: SmoothQuant's alpha (int8): how much of the activations' outliers moves into the weights; 0 for none.

@@ -60,7 +60,7 @@ from export_vq.terminal import Steps, console, mib, plain
     "keep",
     default="",
     metavar="auto:N|NAMES",
-    help="Leave layers in the type of the graph: the N most sensitive, or names with commas (model.layers.0 for all in it).",
+    help="Leave layers in the type of the graph: the N most sensitive, or names with commas (model.layers.0 or down_proj for all of these).",
 )
 @click.option(
     "--keep-in-int8",

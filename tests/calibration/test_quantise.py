@@ -57,8 +57,10 @@ def test_names_and_beginnings_of_names_are_kept(exported):
     left = [p.name for p in chosen(found, ["model.layers.0", "model.layers.1.mlp.up_proj"], head=False)]
     assert len(left) == 6
     assert all(name.startswith("model.layers.1.") for name in left)
-    with pytest.raises(UserError, match="no layer is called"):
-        chosen(found, ["model.layers.1.mlp.up"], head=False)
+    assert len(chosen(found, ["down_proj", "self_attn.v_proj"], head=False)) == 10
+    for nothing in ("model.layers.1.mlp.up", "proj", "layers.1"):
+        with pytest.raises(UserError, match="no layer is called"):
+            chosen(found, [nothing], head=False)
 
 
 class _Once(CalibrationDataReader):
