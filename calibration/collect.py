@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from export_vq import feeds as fd
-from export_vq.calibration.histogram import Histogram
+from export_vq.calibration.histogram import Histogram, Largest
 from export_vq.errors import UserError
 from export_vq.files import write_text
 from export_vq.runners import OrtRunner
 
+S = TypeVar("S", Histogram, Largest)
 STEPS = 8
 """Decode steps at the end of each block."""
 
@@ -61,7 +62,8 @@ def collect(
     *,
     threads: int = 0,
     tell: Callable[[float], None] = lambda _: None,
-) -> dict[str, Histogram]:
+    kind: type[S],
+) -> dict[str, S]:
     """Count the magnitudes of tensors.
 
     Args:
@@ -73,13 +75,14 @@ def collect(
         made_from: what the counts depend on besides taps and blocks.
         threads: of ONNX Runtime.
         tell: called with the fraction done.
+        kind: Histogram or Largest.
 
     Raises:
         UserError: NaN or infinity in a tensor; the sentence names its layer.
     """
     key = {**made_from, "taps": list(taps), "blocks": hashlib.sha256(blocks.tobytes()).hexdigest(), "steps": STEPS}
     file = cache / f"ranges.{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.json"
-    done, counted = _read(file)
+    done, counted = _read(file, kind)
     if done == len(blocks):
         return counted
     with (
@@ -88,16 +91,16 @@ def collect(
     ):
         for i in range(done, len(blocks)):
             for outputs in through_cache(runner, blocks[i : i + 1]):
-                _count(counted, {name: outputs[name] for name in taps}, taps)
+                _count(counted, {name: outputs[name] for name in taps}, taps, kind)
             data = {"made_from": key, "done": i + 1, "tensors": {n: h.to_json() for n, h in counted.items()}}
             write_text(file, json.dumps(data) + "\n")
             tell((i + 1) / len(blocks))
     return counted
 
 
-def _count(counted: dict[str, Histogram], arrays: fd.Feeds, taps: dict[str, str]) -> None:
+def _count(counted: dict[str, S], arrays: fd.Feeds, taps: dict[str, str], kind: type[S]) -> None:
     for name, array in arrays.items():
-        seen = Histogram.of(array)
+        seen = kind.of(array)
         if not np.isfinite(seen.largest):
             raise UserError(
                 f"the activations of {taps[name]} hold NaN or infinity ({name}); the checkpoint is damaged, or its type is too "
@@ -106,11 +109,11 @@ def _count(counted: dict[str, Histogram], arrays: fd.Feeds, taps: dict[str, str]
         counted[name] = counted[name] + seen if name in counted else seen
 
 
-def _read(file: Path) -> tuple[int, dict[str, Histogram]]:
+def _read(file: Path, kind: type[S]) -> tuple[int, dict[str, S]]:
     """Blocks done and what they counted; (0, {}) where nothing readable is there."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        return int(data["done"]), {name: Histogram.from_json(h) for name, h in data["tensors"].items()}
+        return int(data["done"]), {name: kind.from_json(h) for name, h in data["tensors"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         return 0, {}
 

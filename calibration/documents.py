@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,19 @@ LEAST_CHARACTERS = 2000
 """Of a document: paragraphs are gathered until they hold so many."""
 TEST_SHARE = 8
 """Every eighth document is for testing."""
+TELLING = 80
+"""Characters that a paragraph needs for its presence in two documents to mean that one is the other's copy: a line of text.
+Shorter ones, headings and separators, stand in many."""
 
 Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids int64 [n], and the hashes of the paragraphs that tell it, or a part of it, apart."""
+
+    ids: Ids
+    parts: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,8 @@ class Material:
 def read_material(options: CalibrationOptions, tokenizer: Any, vocab_size: int, width: int) -> Material:
     """Read, split and cut into blocks; a document is known by its hash, so equal ones are one.
 
-    With a held-out text that is tested on, and documents of it are taken out of the calibration text. Without, the eighth
-    of the documents with the lowest hashes is: the same text is split in the same way every time.
+    With a held-out text that is tested on. Without, the eighth of the documents with the lowest hashes is: the same text is
+    split in the same way every time. What shares a paragraph with a document that is tested on is not calibrated on.
 
     Args:
         options: `text` or `feeds` (its rows are the documents), `held_out`, `samples`, `test_tokens` count.
@@ -54,15 +68,16 @@ def read_material(options: CalibrationOptions, tokenizer: Any, vocab_size: int, 
         test = _read_documents(options.held_out, tokenizer)
     else:
         test = {digest: pool[digest] for digest in sorted(pool)[: max(1, len(pool) // TEST_SHARE)]}
-    rest = {digest: ids for digest, ids in pool.items() if digest not in test}
+    tested = frozenset[str]().union(*(document.parts for document in test.values()))
+    rest = {digest: d for digest, d in pool.items() if digest not in test and not d.parts & tested}
     if not rest:
         raise UserError(
-            f"{origin}: holds {len(pool)} document(s) and all are needed to test on; give a longer text, or another one to "
+            f"{origin}: holds {len(pool)} document(s) and all are needed to test on, or hold paragraphs of what is; give a longer text, or another one to "
             "test on with --held-out FILE"
         )
     return Material(
-        _blocks(origin, rest, vocab_size, width, options.samples),
-        _blocks(options.held_out or origin, test, vocab_size, width, -(-options.test_tokens // width)),
+        _blocks(origin, rest.values(), vocab_size, width, options.samples),
+        _blocks(options.held_out or origin, test.values(), vocab_size, width, -(-options.test_tokens // width)),
         (len(rest), len(test)),
         (_digest("".join(rest).encode()), _digest("".join(test).encode())),
     )
@@ -78,32 +93,41 @@ def documents(text: str) -> list[str]:
     return found
 
 
-def _read_documents(path: Path, tokenizer: Any) -> dict[str, Ids]:
+def _read_documents(path: Path, tokenizer: Any) -> dict[str, Document]:
     """Documents of a text by their hashes, as token ids with nothing put around them."""
     texts = documents(read_text(path))
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return {_digest(t.encode()): np.array(e.ids, np.int64) for t, e in zip(texts, encodings, strict=True)}
+    return {
+        _digest(t.encode()): Document(np.array(e.ids, np.int64), _parts(t))
+        for t, e in zip(texts, encodings, strict=True)
+    }
 
 
-def _read_feeds(path: Path) -> dict[str, Ids]:
+def _parts(text: str) -> frozenset[str]:
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return frozenset(_digest(words.encode()) for words in paragraphs if len(words) >= TELLING)
+
+
+def _read_feeds(path: Path) -> dict[str, Document]:
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as stream, np.lib.npyio.NpzFile(stream) as arrays:
             ids = arrays["input_ids"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not an .npz file with input_ids ({error}); write one with numpy.savez") from error
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise UserError(f"{path}: input_ids is {ids.dtype} {list(ids.shape)}, expected integers [N, S]")
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise UserError(
+            f"{path}: input_ids is {ids.dtype} {list(ids.shape)}, expected integers [N, S], N and S above 0; write them so"
+        )
     rows = ids.astype(np.int64)
-    return {_digest(row.tobytes()): row for row in rows}
+    return {_digest(row.tobytes()): Document(row, frozenset()) for row in rows}
 
 
-def _blocks(origin: Path, chosen: dict[str, Ids], vocab_size: int, width: int, limit: int) -> Ids:
+def _blocks(origin: Path, chosen: Iterable[Document], vocab_size: int, width: int, limit: int) -> Ids:
     """At most `limit` blocks [n, width], spread evenly over the documents one after the other."""
-    ids = np.concatenate(list(chosen.values()))
+    ids = np.concatenate([document.ids for document in chosen])
     if len(ids) < width:
         raise UserError(
-            f"{origin}: {len(ids)} tokens of {len(chosen)} document(s), at least {width} were expected to fill a block; give "
-            "a longer text"
+            f"{origin}: {len(ids)} tokens, at least {width} were expected to fill a block; give a longer text"
         )
     if not 0 <= ids.min() <= ids.max() < vocab_size:
         raise UserError(

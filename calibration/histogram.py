@@ -51,3 +51,24 @@ class Histogram:
         counts = np.zeros(BINS, np.int64)
         counts[data["first"] :][: len(data["counts"])] = data["counts"]
         return cls(counts, np.array(data["channels"], np.float32))
+
+
+@dataclass
+class Largest:
+    """The largest magnitude of a tensor alone."""
+
+    largest: float
+
+    @classmethod
+    def of(cls, array: NDArray[Any]) -> Largest:
+        return cls(float(np.abs(array).max()))
+
+    def __add__(self, other: Largest) -> Largest:
+        return Largest(max(self.largest, other.largest))
+
+    def to_json(self) -> float:
+        return self.largest
+
+    @classmethod
+    def from_json(cls, data: float) -> Largest:
+        return cls(float(data))

@@ -8,18 +8,21 @@ from pathlib import Path
 
 from export_vq.errors import UserError
 
-PRECISIONS = ("int8", "fp8", "w8", "int4")
+HALF = ("fp16", "bf16")
+"""Precisions that are a type for everything, with islands of float32."""
+PRECISIONS = (*HALF, "int8", "fp8", "w8", "int4")
 WITH_RANGES = ("int8", "fp8")
 """Precisions that round activations too; 'w8' and 'int4' round weights alone."""
+ROUNDINGS = ("gptq", "nearest")
 METHODS = ("max", "percentile", "entropy", "mse")
 RUNTIMES = ("onnxruntime", "tensorrt")
 BLOCKS = (32, 64, 128)
-LEAST_OPSET = {"fp8": 19}
-"""First opset with the precision's types."""
+NARROW_OPSET = 19
+"""First opset whose Quantize- and DequantizeLinear know FP8, and scales in float16 and bfloat16."""
 BLOCKS_OPSET = 21
 """First opset whose DequantizeLinear takes blocks and int4."""
-ALLOWED_INCREASE = {"w8": 0.01, "int8": 0.01, "fp8": 0.01, "int4": 0.05}
-"""Relative increase of perplexity. 8 bits are held to 99 % of the reference, as in MLPerf Inference; 4 bits to 95 %."""
+ALLOWED_INCREASE = {"fp16": 0.01, "bf16": 0.01, "w8": 0.01, "int8": 0.01, "fp8": 0.01, "int4": 0.05}
+"""Relative increase of perplexity. 8 and 16 bits are held to 99 % of the reference, as in MLPerf Inference; 4 bits to 95 %."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,12 @@ class CalibrationOptions:
         width: tokens a block, at most.
         test_tokens: positions to test on.
         block: weights that share a scale ('int4', and 'w8' for ONNX Runtime), one of BLOCKS.
+        rounding: of weights in 4 bits, one of ROUNDINGS: so that results on the calibration text change least, or each to
+            the nearest number.
         runtime: what the weight-only forms are for, one of RUNTIMES; int8 and fp8 are the same for both.
-        keep: layers to leave as they are: 'auto:N' for the N most sensitive, or names or beginnings of names with commas.
+        keep: layers to leave as they are: 'auto:N' for the N most sensitive, or names, with commas, or
+            beginnings or ends of names: model.layers.0, down_proj.
+        eight: layers that 'int4' gives 8 bits, said as in `keep`.
         quantise_head: also round the codebook of a VQ head, or the matrix of a dense one.
         smooth: SmoothQuant's alpha (int8): how much of the activations' outliers moves into the weights; 0 for none.
         limit: allowed relative increase of perplexity; None: that of ALLOWED_INCREASE.
@@ -53,8 +60,10 @@ class CalibrationOptions:
     width: int = 256
     test_tokens: int = 4096
     block: int = 32
+    rounding: str = "gptq"
     runtime: str = "onnxruntime"
     keep: str = ""
+    eight: str = ""
     quantise_head: bool = False
     smooth: float = 0.5
     limit: float | None = None
@@ -62,7 +71,14 @@ class CalibrationOptions:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("method", METHODS), ("runtime", RUNTIMES), ("block", BLOCKS)):
+        words = {
+            "precision": PRECISIONS,
+            "method": METHODS,
+            "rounding": ROUNDINGS,
+            "runtime": RUNTIMES,
+            "block": BLOCKS,
+        }
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise UserError(
                     f"--{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, known))}; correct it"
@@ -75,6 +91,14 @@ class CalibrationOptions:
             raise UserError(f"--smooth is {self.smooth}, expected 0 (none) to below 1; leave it out for 0.5")
         if self.samples < 1 or self.test_tokens < 1:
             raise UserError("--samples and --test-tokens must be 1 or more")
+        if self.precision in HALF and (self.keep or self.sensitivity):
+            raise UserError(
+                f"--keep-in-fp16 and --sensitivity are for products that are quantised, and {self.precision} is a type for "
+                "everything; leave them out"
+            )
+        if self.eight and self.precision != "int4":
+            raise UserError(f"--keep-in-int8 is for int4, the precision is {self.precision}; leave it out")
+        _ = self.kept_most_sensitive, self.eight_most_sensitive  # what cannot be read is told now, not after an hour
         if self.quantise_head and self.precision not in WITH_RANGES:
             raise UserError(
                 f"--head quantise is for {' and '.join(WITH_RANGES)}: a codebook in {self.precision} has no form that "
@@ -83,13 +107,13 @@ class CalibrationOptions:
 
     @property
     def kept_most_sensitive(self) -> int:
-        """N of 'auto:N', else 0."""
-        if not self.keep.startswith("auto:"):
-            return 0
-        number = self.keep.removeprefix("auto:")
-        if not number.isdecimal():
-            raise UserError(f"--keep-in-fp16 is {self.keep!r}, expected auto:N with a number, or names of layers")
-        return int(number)
+        """N of `keep`'s 'auto:N', else 0."""
+        return _most_sensitive("--keep-in-fp16", self.keep)
+
+    @property
+    def eight_most_sensitive(self) -> int:
+        """N of `eight`'s 'auto:N', else 0."""
+        return _most_sensitive("--keep-in-int8", self.eight)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -102,3 +126,12 @@ class CalibrationOptions:
         allowed = ALLOWED_INCREASE[self.precision] if self.limit is None else self.limit
         kl = math.log1p(allowed)
         return {"perplexity_increase": allowed, "kl_mean": kl, "top1_agreement": max(0.0, 1 - math.sqrt(kl / 2))}
+
+
+def _most_sensitive(option: str, said: str) -> int:
+    if not said.startswith("auto:"):
+        return 0
+    number = said.removeprefix("auto:")
+    if not number.isdecimal():
+        raise UserError(f"{option} is {said!r}, expected auto:N with a number, or names of layers")
+    return int(number)

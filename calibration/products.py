@@ -82,14 +82,17 @@ def chosen(found: list[Product], keep: list[str], *, head: bool) -> list[Product
 
     Args:
         found: of `products`.
-        keep: names, or beginnings of names that end at a dot.
+        keep: names, or beginnings or ends of names, parted at a dot.
 
     Raises:
         UserError: a name fits no product.
     """
     spared = set()
     for name in keep:
-        fitting = {p.name for p in found if p.name == name or p.name.startswith(name.rstrip(".") + ".")}
+        part = name.strip(".")
+        fitting = {
+            p.name for p in found if f".{p.name}.".startswith(f".{part}.") or f".{p.name}.".endswith(f".{part}.")
+        }
         if not fitting:
             raise UserError(
                 f"--keep-in-fp16 names {name!r}, which no layer is called; the layers are {found[0].name} to {found[-1].name}"

@@ -4,7 +4,7 @@
 int8     Q/DQ around the input, one scale; int8 weights   one scale an output channel
 fp8      the same in E4M3
 w8       weights alone, 8 bits                            MatMulNBits (ONNX Runtime), by channel (TensorRT)
-int4     weights alone, 4 bits, in blocks                 MatMulNBits (ONNX Runtime), block-wise DequantizeLinear
+int4     weights alone, 4 bits, in blocks, some in 8      MatMulNBits (ONNX Runtime), block-wise DequantizeLinear
 ======== =============================================== ======================================================
 
 Scales are in the graph's own type, so a product computes and gives what it did: float32, float16 or bfloat16. All else,
@@ -13,7 +13,8 @@ the head's node and its function among it, stays as it is, and so does the form 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -22,10 +23,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir import tape
 
-from export_vq.calibration.options import BLOCKS_OPSET, LEAST_OPSET, CalibrationOptions
+from export_vq.calibration.gptq import Grid
+from export_vq.calibration.options import BLOCKS_OPSET, NARROW_OPSET, CalibrationOptions
 from export_vq.calibration.products import Product
 from export_vq.calibration.ranges import TOP
-from export_vq.calibration.rounding import Rounded, by_block, by_channel, packed
+from export_vq.calibration.rounding import Packed, Rounded, by_block, by_channel, on_grid, packed, packed_grid
 from export_vq.errors import UserError
 
 MICROSOFT = "com.microsoft"
@@ -35,14 +37,22 @@ _INTEGER_PRODUCTS = 4
 """MatMulNBits' accuracy_level: it rounds its input to int8 too, block by block, which is its fastest way on a CPU."""
 
 
-def needed_opset(options: CalibrationOptions) -> int:
-    """The first opset that holds what the options ask for."""
-    blocks = options.precision == "int4" and options.runtime == "tensorrt"
-    return BLOCKS_OPSET if blocks else LEAST_OPSET.get(options.precision, 0)
+def needed_opset(options: CalibrationOptions, *, narrow: bool) -> int:
+    """The first opset that holds what the options ask for, of a graph in float32 or, `narrow`, in a 16-bit type."""
+    if options.runtime == "tensorrt" and options.precision == "int4":
+        return BLOCKS_OPSET
+    pairs = options.precision in TOP or (options.precision in BITS and options.runtime == "tensorrt")
+    return NARROW_OPSET if pairs and (narrow or options.precision == "fp8") else 0
 
 
 def quantise(
-    model: ir.Model, layers: Sequence[Product], options: CalibrationOptions, magnitudes: Mapping[str, float]
+    model: ir.Model,
+    layers: Sequence[Product],
+    options: CalibrationOptions,
+    magnitudes: Mapping[str, float],
+    *,
+    grid: Callable[[Product], Grid] | None = None,
+    in_8_bits: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Quantise these products, in place.
 
@@ -51,6 +61,8 @@ def quantise(
         layers: in the graph's order.
         options: `precision`, `block`, `runtime` count.
         magnitudes: of each input by name, where the precision rounds inputs.
+        grid: a product's weight in 4 bits; None: rounded to nearest.
+        in_8_bits: names of products that 'int4' gives 8 bits, as 'w8' does.
 
     Returns:
         names of products that were left, as their sizes do not fit the blocks.
@@ -58,29 +70,40 @@ def quantise(
     Raises:
         UserError: the graph's opset is too old.
     """
-    opset, needed = model.graph.opset_imports[""], needed_opset(options)
+    narrow = any(layer.dtype != ir.DataType.FLOAT for layer in layers)
+    opset, needed = model.graph.opset_imports[""], needed_opset(options, narrow=narrow)
     if opset < needed:
         raise UserError(
             f"the graph has opset {opset}, {options.precision} needs {needed}; export it again with --opset {needed}"
         )
     pairs: dict[str, ir.Value] = {}
     left = []
+    eight = replace(options, precision="w8", eight="") if in_8_bits else options
     for layer in layers:
-        weight = layer.numbers()
-        if options.precision in BITS and options.runtime == "onnxruntime":
-            _as_nbits(model, layer, weight, options)
-        elif options.precision == "int4" and len(weight) % options.block:
+        asked = eight if layer.name in in_8_bits else options
+        if asked.precision in BITS and options.runtime == "onnxruntime":
+            four = grid(layer) if grid is not None and asked.precision == "int4" else None
+            numbers = (
+                packed(layer.numbers(), BITS[asked.precision], options.block)
+                if four is None
+                else packed_grid(four, options.block)
+            )
+            _as_nbits(model, layer, numbers, asked)
+        elif asked.precision == "int4" and layer.numbers().shape[0] % options.block:
             left.append(layer.name)
         else:
-            _replace_weight(model, layer, rounded(weight, options))
+            _replace_weight(model, layer, rounded(layer, asked, grid))
             if options.precision in TOP:
                 _round_input(model, layer, magnitudes, options.precision, pairs)
     _drop_unused(model)
     return tuple(left)
 
 
-def rounded(weight: NDArray[np.float32], options: CalibrationOptions) -> Rounded:
-    """A product's weight as the options quantise it."""
+def rounded(layer: Product, options: CalibrationOptions, grid: Callable[[Product], Grid] | None = None) -> Rounded:
+    """A product's weight as the options quantise it; in 4 bits by `grid` where it is given."""
+    if options.precision == "int4" and grid is not None:
+        return on_grid(grid(layer), options.block)
+    weight = layer.numbers()
     if options.precision == "int4" or (options.precision in BITS and options.runtime == "onnxruntime"):
         return by_block(weight, BITS[options.precision], options.block, positive=options.runtime == "tensorrt")
     return by_channel(weight, "int8" if options.precision == "w8" else options.precision)
@@ -148,19 +171,19 @@ def _scale_columns(model: ir.Model, layer: Product, columns: NDArray[np.float32]
     model.graph.insert_after(layer.node, op.nodes)
 
 
-def _as_nbits(model: ir.Model, layer: Product, weight: NDArray[np.float32], options: CalibrationOptions) -> None:
+def _as_nbits(model: ir.Model, layer: Product, numbers: Packed, options: CalibrationOptions) -> None:
     """Replace the node; MatMulNBits adds a Gemm's bias itself."""
     node, bits = layer.node, BITS[options.precision]
-    numbers, scales = packed(weight, bits, options.block)
     name = f"{layer.weight.name}.{options.precision}"
     inputs: list[ir.Value | None] = [
         layer.activation,
-        _constant(model, name, numbers),
-        _constant(model, f"{name}.scale", _like(layer.dtype, scales)),
+        _constant(model, name, numbers.numbers),
+        _constant(model, f"{name}.scale", _like(layer.dtype, numbers.scales)),
+        None if numbers.zeros is None else _constant(model, f"{name}.zero", numbers.zeros),
     ]
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        inputs += [None, None, node.inputs[2]]
-    k, n = weight.shape
+        inputs += [None, node.inputs[2]]
+    k, n = layer.numbers().shape
     attributes = {"K": k, "N": n, "bits": bits, "block_size": options.block, "accuracy_level": _INTEGER_PRODUCTS}
     op = tape.Tape()
     product = op.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)

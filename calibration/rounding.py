@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export_vq.calibration.gptq import MIDDLE, Grid
 from export_vq.calibration.ranges import TOP
 from export_vq.quality.rivals import packed_groups
 
@@ -57,10 +58,12 @@ def by_channel(weight: Floats, precision: str) -> Rounded:
 
 
 class Packed(NamedTuple):
-    """As MatMulNBits takes it: bytes uint8 [N, groups, block * bits / 8], scales float32 [N, groups]."""
+    """As MatMulNBits takes it: bytes uint8 [N, groups, block * bits / 8], scales float32 [N, groups], zeros uint8
+    [N, (groups + 1) / 2], two in a byte; None: the middle."""
 
     numbers: NDArray[np.uint8]
     scales: Floats
+    zeros: NDArray[np.uint8] | None = None
 
 
 def packed(weight: Floats, bits: int, block: int) -> Packed:
@@ -69,13 +72,38 @@ def packed(weight: Floats, bits: int, block: int) -> Packed:
     return Packed(numbers, scales.astype(np.float32))
 
 
+def packed_grid(grid: Grid, block: int) -> Packed:
+    """A grid for MatMulNBits; what fills up the last block of a row is 0."""
+    k, n = grid.integers.shape
+    rows = np.repeat(grid.zeros, block, axis=0)  # [groups * block, N]
+    rows[:k] = grid.integers
+    return Packed(
+        _two_in_a_byte(rows.T).reshape(n, len(grid.scales), block // 2),
+        np.ascontiguousarray(grid.scales.T),
+        None if (grid.zeros == MIDDLE).all() else _two_in_a_byte(grid.zeros.T),
+    )
+
+
+def _two_in_a_byte(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Of each row [.., n], the first of two neighbours in the lower half; an odd one beside 0."""
+    even = np.pad(numbers, [(0, 0), (0, numbers.shape[1] % 2)])
+    return np.ascontiguousarray(even[:, ::2] | (even[:, 1::2] << 4))
+
+
+def on_grid(grid: Grid, block: int) -> Rounded:
+    """A grid as `by_block` lays it out; one with zeros other than the middle has no form in int4, but its numbers count."""
+    centred = grid.integers.astype(np.int16) - np.repeat(grid.zeros, block, axis=0)[: len(grid.integers)]
+    type_: Any = ml_dtypes.int4 if (grid.zeros == MIDDLE).all() else np.int8
+    return Rounded(centred.astype(type_), grid.scales, 0, block)
+
+
 def by_block(weight: Floats, bits: int, block: int, *, positive: bool = False) -> Rounded:
     """The same numbers as `packed`, laid out as a weight [K, N] with scales [groups, N].
 
     ONNX Runtime puts the largest number of a block at the lowest integer, with a negative scale where that number is
     positive. TensorRT asks for scales above 0: with `positive`, such blocks are rounded anew, that number at the top.
     """
-    numbers, scales = packed(weight, bits, block)
+    numbers, scales, _ = packed(weight, bits, block)
     least, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     lower_first = np.stack([numbers & 15, numbers >> 4], -1) if bits == 4 else numbers
     centred = lower_first.reshape(*scales.shape, block).astype(np.int16) + least  # [N, groups, block]

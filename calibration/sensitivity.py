@@ -18,6 +18,7 @@ from onnx_ir import tape
 
 from export_vq import feeds as fd
 from export_vq.calibration.collect import saved
+from export_vq.calibration.gptq import Grid
 from export_vq.calibration.options import CalibrationOptions
 from export_vq.calibration.products import Product, products
 from export_vq.calibration.quantise import round_trip, rounded
@@ -37,6 +38,8 @@ def sensitivity(
     blocks: NDArray[np.int64],
     folder: Path,
     tell: Callable[[float], None] = lambda _: None,
+    *,
+    grid: Callable[[Product], Grid] | None = None,
 ) -> dict[str, float]:
     """Mean KL in nats of the unquantised distribution from that with one layer quantised, for each layer.
 
@@ -49,6 +52,7 @@ def sensitivity(
         blocks: token ids int64 [n, S], not those that the result is tested on.
         folder: an existing one for scratch.
         tell: called with the fraction done.
+        grid: a product's weight in 4 bits; None: rounded to nearest.
     """
     tried = [p for p in products(model) if p.name in names]
     _add_switches(model, tried, options.precision, magnitudes)
@@ -64,7 +68,7 @@ def sensitivity(
             for j, layer in enumerate(tried):
                 on = off.copy()
                 on[j] = 1
-                logs = _logs(runner.infer(given | {SWITCHES: on} | _weight(layer, options)))
+                logs = _logs(runner.infer(given | {SWITCHES: on} | _weight(layer, options, grid)))
                 totals[layer.name] += float((np.exp(truth) * (truth - logs)).sum(axis=1).mean()) / len(blocks)
                 tell((i + (j + 1) / len(tried)) / len(blocks))
     return totals
@@ -90,9 +94,9 @@ def _add_switches(model: ir.Model, layers: Sequence[Product], precision: str, ma
         layer.node.replace_input_with(0, switched)
 
 
-def _weight(layer: Product, options: CalibrationOptions) -> fd.Feeds:
+def _weight(layer: Product, options: CalibrationOptions, grid: Callable[[Product], Grid] | None) -> fd.Feeds:
     """The layer's weight as its quantised numbers stand for it."""
-    numbers = rounded(layer.numbers(), options).dequantised()
+    numbers = rounded(layer, options, grid).dequantised()
     return {str(layer.weight.name): numbers.astype(layer.dtype.numpy())}
 
 

@@ -1,8 +1,9 @@
 """SmoothQuant: outliers of activations move into the weights that multiply them, before anything is rounded.
 
 An input of products is divided channel by channel by s, and the rows of their weights are multiplied by it: the same
-function, but one scale for all channels wastes fewer bits. The division costs nothing where the input is what a norm
-gives: it goes into the norm's own weight. Other inputs are left alone (Xiao et al., arXiv 2211.10438, section 4).
+function, but one scale for all channels wastes fewer bits (Xiao et al., arXiv 2211.10438, section 4). The division costs
+nothing where the input is what a norm gives, then it goes into the norm's own weight; and where it is a product's output
+times a gate, then it goes into the columns of that product's weight. Other inputs are left alone.
 """
 
 from __future__ import annotations
@@ -54,19 +55,28 @@ def smooth(model: ir.Model, layers: list[Product], largest: Mapping[str, NDArray
 
 
 def _gains(value: ir.Value) -> list[tuple[ir.Node, int]]:
-    """The constant inputs [D] that a value is linear in: a norm's weight, and its bias where it has one."""
+    """The constant inputs [.., D] that a value [.., D] is linear in: a norm's weight, and its bias where it has one; or the
+    weight [K, D] of the product that a gate lets through, and its bias."""
     node = value.producer()
-    if node is None:
+    if node is None or node.op_type not in ("LayerNormalization", "Mul"):
         return []
     if node.op_type == "LayerNormalization":
-        places = [i for i in (1, 2) if i < len(node.inputs) and node.inputs[i] is not None]
-    elif node.op_type == "Mul":
-        places = [i for i in (0, 1) if node.inputs[i] is not None and node.inputs[i].const_value is not None][:1]  # type: ignore[union-attr]
-    else:
-        return []
-    constants = [node.inputs[i] for i in places]
-    fit = all(v is not None and v.const_value is not None and len(v.const_value.shape) == 1 for v in constants)
-    return [(node, i) for i in places] if fit else []
+        return _constants(node, (1, 2), ndim=1)
+    for place, factor in enumerate(node.inputs):
+        if found := _constants(node, (place,), ndim=1):
+            return found
+        product = None if factor is None else factor.producer()
+        if product is not None and product.op_type in ("MatMul", "Gemm") and len(factor.uses()) == 1:  # type: ignore[union-attr]
+            return [] if product.attributes.get_int("transB", 0) else _constants(product, (1, 2))
+    return []
+
+
+def _constants(node: ir.Node, places: tuple[int, ...], ndim: int | None = None) -> list[tuple[ir.Node, int]]:
+    """These inputs of a node, those that it has; none where one is no constant, or has another number of dimensions."""
+    given = [(i, node.inputs[i]) for i in places if i < len(node.inputs) and node.inputs[i] is not None]
+    tensors = [value.const_value for _, value in given if value is not None]
+    fit = all(t is not None and len(t.shape) in ((1, 2) if ndim is None else (ndim,)) for t in tensors)
+    return [(node, i) for i, _ in given] if fit else []
 
 
 def _scale_input(model: ir.Model, node: ir.Node, place: int, scale: NDArray[np.floating[Any]]) -> None:

@@ -16,9 +16,9 @@ from export_vq.terminal import Steps, console, mib, plain
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(
     "--precision",
-    type=click.Choice(["int8", "fp8", "w8", "int4"]),
+    type=click.Choice(["fp16", "bf16", "int8", "fp8", "w8", "int4"]),
     required=True,
-    help="int8, fp8: weights and activations. w8, int4: weights alone.",
+    help="fp16, bf16: all, but for what overflows. int8, fp8: weights and activations. w8, int4: weights alone.",
 )
 @click.option(
     "--text",
@@ -60,7 +60,21 @@ from export_vq.terminal import Steps, console, mib, plain
     "keep",
     default="",
     metavar="auto:N|NAMES",
-    help="Leave layers in the type of the graph: the N most sensitive, or names with commas (model.layers.0 for all in it).",
+    help="Leave layers in the type of the graph: the N most sensitive, or names with commas (model.layers.0 or down_proj for all of these).",
+)
+@click.option(
+    "--keep-in-int8",
+    "eight",
+    default="",
+    metavar="auto:N|NAMES",
+    help="Give layers 8 bits where --precision is int4, said in the same way.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["gptq", "nearest"]),
+    default="gptq",
+    show_default=True,
+    help="How weights become 4 bits: so that results on the text change least, or each to the nearest.",
 )
 @click.option(
     "--head",
@@ -87,11 +101,16 @@ def calibrate(folder: Path, head: str, block: str, as_json: bool, **chosen: Any)
     from export_vq.calibrated import refresh_report
     from export_vq.calibration import CalibrationOptions
     from export_vq.calibration import calibrate as quantised
+    from export_vq.manifest import FILE as MANIFEST
+    from export_vq.manifest import seal
 
     options = CalibrationOptions(**chosen, block=int(block), quantise_head=head == "quantise")
     report = quantised(folder, options, Steps())
+    seal(folder / options.precision)
     if refresh_report(folder):
         console.print(f"report: {folder / 'report.html'}")
+    if (folder / MANIFEST).is_file():
+        seal(folder)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:

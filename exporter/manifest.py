@@ -2,7 +2,8 @@
 
 `manifest.json` is written last, so a folder is whole when it says so. What belongs to it: every graph and engine that a
 record beside it describes, with its weights; config and tokenizer; the report; libraries in lib/. What steps keep to go
-on from (steps/) stays out. The hashes find accidents and tampering with single files; who can replace the manifest too
+on from (steps/, ranges/) stays out. A quantised copy in a folder of its own (int8/) has its own manifest, so that it can be
+shipped alone. The hashes find accidents and tampering with single files; who can replace the manifest too
 can replace everything, so take bundles from people whose programs you would run.
 """
 
@@ -29,11 +30,13 @@ from export_vq.records import EngineArtifact, OnnxArtifact, Record
 
 FILE = "manifest.json"
 FORMAT = 1
-STATE = "steps"
-"""The folder of what resumable steps keep: no part of what is shipped."""
+STATE = ("steps", "ranges")
+"""Folders of what resumable steps keep: no part of what is shipped."""
+QUANTISED = "calibration.json"
+"""What `calibrate` writes beside a graph: a folder in this one with that and a manifest is an output folder of its own."""
 CONTRACT = f"{contract.DOMAIN} {contract.VERSION}"
 _SHIPPED = ("vq_ort", "vq_trt")
-_NAMED = ("config.json", "genai_config.json", "report.json", "report.html", "calibration.json")
+_NAMED = ("config.json", "genai_config.json", QUANTISED, "report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def read(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> tuple[str, ...]:
-    """Compare a folder with its manifest, every byte.
+    """Compare a folder with its manifest, every byte; quantised copies in it with theirs.
 
     Returns:
         a line for each file that is changed, missing, extra or a link; empty when all is as it was written.
@@ -119,7 +122,8 @@ def verify(folder: Path) -> tuple[str, ...]:
             found[name] = _content_problem(path, manifest.files[name])
     missing = {name: "missing" for name in manifest.files if name not in found}
     lines = sorted((found | missing).items())
-    return tuple(f"{_shown(name)}: {problem}" for name, problem in lines if problem)
+    own = [f"{_shown(name)}: {problem}" for name, problem in lines if problem]
+    return (*own, *(f"{_shown(path.name)}/{line}" for path in _quantised(folder) for line in verify(path)))
 
 
 def bundled_library(folder: Path, name: str) -> Library | None:
@@ -220,7 +224,7 @@ def _form_problem(data: Any) -> str:
     if set(data) != {"format", *texts} or any(not isinstance(data[name], kind) for name, kind in texts.items()):
         return f"its fields are not format, {', '.join(texts)}"
     for name, digest in data["files"].items():
-        if not is_inside(name) or name == FILE or name.split("/")[0] == STATE:
+        if not is_inside(name) or name == FILE or name.split("/")[0] in STATE:
             return f"it lists {_shown(name)!r}, expected a relative path inside the folder"
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             return f"the hash of {_shown(name)} is no SHA-256"
@@ -231,14 +235,22 @@ def _form_problem(data: Any) -> str:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Everything in the folder that is no folder, links to folders among it; state and the manifest left out."""
+    """Everything in the folder that is no folder, links to folders among it; state, the manifest and what has its own
+    manifest left out."""
+    left_out = {*STATE, *(path.name for path in _quantised(folder))}
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
         if here == folder:
-            folders[:] = [name for name in folders if name != STATE or (here / name).is_symlink()]
+            folders[:] = [name for name in folders if name not in left_out or (here / name).is_symlink()]
             files = [name for name in files if name != FILE]
         for name in (*files, *(name for name in folders if (here / name).is_symlink())):
             yield (here / name).relative_to(folder).as_posix(), here / name
+
+
+def _quantised(folder: Path) -> list[Path]:
+    """The output folders in this one."""
+    found = sorted(file.parent for file in folder.glob(f"*/{QUANTISED}"))
+    return [path for path in found if (path / FILE).is_file() and not path.is_symlink()]
 
 
 def _link_problem(folder: Path, name: str, listed: Any) -> str:

@@ -85,7 +85,8 @@ def read_layers(text: str) -> Layers:
         kind = str(layer.get("LayerType", "")).lower() if isinstance(layer, dict) else "unknown"
         counts[kind] += 1
         if isinstance(layer, dict):
-            tensors = " ".join(map(_formats, [*layer.get("Inputs", []), *layer.get("Outputs", [])]))
+            weights = [w for w in (layer.get("Weights"),) if isinstance(w, dict)]  # of layers that hold their own
+            tensors = " ".join(map(_formats, [*layer.get("Inputs", []), *layer.get("Outputs", []), *weights]))
             quantised.update(name for name in _LOW if name in tensors)
         if "plugin" in kind:
             # Versions differ in where they put the name: PluginType, the layer's name, or its metadata.

@@ -463,8 +463,8 @@ class CalibrationReport(Record):
     """A quantised graph, how it was made, and what that cost on documents that it was not made with. Truthy when every
     limit holds.
 
-    `path` is the graph's file name relative to the report. `method` is how ranges were chosen, '' where weights alone are
-    quantised; `block` how many weights share a scale, 0 for one a channel; `smooth` the strength of migration, 0 for none.
+    `path` is the graph's file name relative to the report. `method` is how ranges were chosen, or how int4 was rounded, '' where
+    weights alone are rounded to nearest; `block` how many weights share a scale, 0 for one a channel; `smooth` the strength of migration, 0 for none.
     `documents` counts those calibrated on and those tested on, which `document_sha256` are of. `total.perplexity_reference`
     is the unquantised VQ graph's.
     """

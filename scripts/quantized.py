@@ -1,48 +1,55 @@
-#!/usr/bin/env python3
 """Quality, size and speed of a model in fp32, fp16, INT8, INT4 and FP8, with a VQ head and with the dense one.
 
     .venv/bin/python scripts/quantized.py .demo/model.pt --text .demo/calibration.txt --held-out .demo/heldout.txt \\
-        -o docs/results/quantized.json
+        --folder .demo/quantised -o docs/results/quantized.json --table docs/results/quantized.md
 
 Every graph is held against the fp32 graph with the same head, on text that nothing was calibrated on. The VQ head stays in
 fp32 (fp16 in the fp16 graphs), the dense head is quantised as the body is. FP8 is simulated on a CPU: its numbers are rounded to
 E4M3 and multiplied in float32, so its time means nothing and is not taken. The head's share is what a decode step takes
-less when the head is cut off. Every lot of timings holds the fp32 VQ graph too, and speeds are relative to that.
+less when the head is cut off. Every lot of timings holds the fp32 VQ graph too, and speeds are relative to that. What is
+calibrated and judged stays in --folder: a run that was stopped goes on there, and a repeated one measures only speeds anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor
 
 from export_vq import feeds
 from export_vq.bench import Workload, device_name, run_benchmark
 from export_vq.bundle import Bundle
 from export_vq.calibration import CalibrationOptions, calibrate
-from export_vq.calibration.collect import saved, with_outputs
+from export_vq.calibration.collect import saved, through_cache, with_outputs
 from export_vq.calibration.documents import read_material
-from export_vq.calibration.judge import compare
 from export_vq.calibration.products import products
 from export_vq.calibration.source import open_source
-from export_vq.engine_source import read_graph
-from export_vq.files import sha256
-from export_vq.graph import ExportOptions, export_onnx
+from export_vq.files import sha256, write_text
+from export_vq.forms import read_graph
+from export_vq.graph import ExportOptions
 from export_vq.load import load_model
-from export_vq.records import OnnxArtifact
+from export_vq.records import CalibrationReport, OnnxArtifact
 from export_vq.runners import OrtRunner, signature_of
 from export_vq.steps import export_step
 from export_vq.terminal import Steps
 
 FILES = {"vq": "model.onnx", "dense": "dense.onnx"}
+CALIBRATED = {"fp16": "fp16", "int8": "int8 static", "w8": "int8 weights", "int4": "int4 weights", "fp8": "fp8"}
+"""Precision of `calibrate` -> its name here."""
 SIMULATED = ("fp8",)
+TARGETS = {"int8 weights": 0.01, "int4 weights": 0.05}
+"""Allowed relative increase of perplexity."""
+MADE_WITH = "made_with.txt"
 
 
 @dataclass(frozen=True)
@@ -62,21 +69,32 @@ class Row:
     against_fp32: float | None = None
     head_share: float | None = None
 
+    @property
+    def increase(self) -> float:
+        return self.perplexity / self.reference - 1
+
 
 def make_graphs(args: argparse.Namespace) -> dict[str, Path]:
     """Precision -> folder with both graphs."""
     out: Path = args.folder
-    loaded = load_model(args.model)
-    export_step(lambda: loaded, sha256(args.model), Bundle(out), ExportOptions(), Steps())
-    folders = {"fp32": out, "fp16": out / "fp16", "int8 dynamic": out / "dynamic"}
-    if not (folders["fp16"] / "dense.onnx.json").is_file():
-        export_onnx(loaded, folders["fp16"], ExportOptions(dtype="fp16"))
-    make_dynamic(out, folders["int8 dynamic"])
-    for precision in ("int8", "w8", "int4", "fp8"):
-        report = calibrate(out, options(args, precision), Steps())
-        print(f"{precision}: {'; '.join(report.failures) or 'within its limits'}", flush=True)
-        folders[{"int8": "int8 static"}.get(precision, precision)] = out / precision
-    return folders
+    export_step(lambda: load_model(args.model), sha256(args.model), Bundle(out), ExportOptions(), Steps())
+    folders = {"fp32": out, "int8 dynamic": out / "dynamic"}
+    if not (folders["int8 dynamic"] / FILES["dense"]).is_file():
+        make_dynamic(out, folders["int8 dynamic"])
+    for precision, name in CALIBRATED.items():
+        folders[name] = out / precision
+        if not made_with(out, options(args, precision)):
+            calibrate(out, options(args, precision), Steps())
+            write_text(out / precision / MADE_WITH, str(options(args, precision)))
+    return {name: folders[name] for name in ("fp32", "fp16", "int8 dynamic", *list(CALIBRATED.values())[1:])}
+
+
+def made_with(out: Path, asked: CalibrationOptions) -> bool:
+    """Whether a precision's graphs are there, made of this model with these options."""
+    file, report = (out / asked.precision / name for name in (MADE_WITH, "calibration.json"))
+    if not file.is_file() or file.read_text(encoding="utf-8") != str(asked):
+        return False
+    return CalibrationReport.load(report).source_sha256 == sha256(out / FILES["vq"])
 
 
 def options(args: argparse.Namespace, precision: str) -> CalibrationOptions:
@@ -86,9 +104,11 @@ def options(args: argparse.Namespace, precision: str) -> CalibrationOptions:
         held_out=args.held_out,
         samples=args.samples,
         width=args.width,
-        test_tokens=args.test_tokens,
+        test_tokens=args.width,  # all are judged together, on more
         block=args.block,
-        keep=args.keep if precision in ("int8", "fp8") else "",
+        keep=args.int8_keep if precision == "int8" else "",
+        eight=args.int4_eight if precision == "int4" else "",
+        threads=args.threads,
     )
 
 
@@ -166,54 +186,114 @@ def timings(folder: Path, args: argparse.Namespace, vocab_size: int) -> dict[str
     return {t.runner: t.median_ms for t in report.timings if t.cache == "warm"}
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    folders = make_graphs(args)
+class Tally:
+    """Perplexity of a candidate and of its reference, mean KL and share of equal best tokens, over rows of logits."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros(4)
+        self.positions, self.known = 0, 0
+
+    def add(self, reference: Tensor, candidate: NDArray[np.floating], targets: Tensor) -> None:
+        """Log-probabilities [S, V], logits [S, V], the next tokens [S], -1 where unknown."""
+        logs = logarithms(candidate)
+        kl = torch.nn.functional.kl_div(logs, reference, reduction="sum", log_target=True)
+        known = targets >= 0
+        at = targets[known, None]
+        nll = [-float(which[known].gather(1, at).double().sum()) for which in (reference, logs)]
+        self.sums += [*nll, float(kl), float((reference.argmax(1) == logs.argmax(1)).sum())]
+        self.positions, self.known = self.positions + len(logs), self.known + int(known.sum())
+
+    def row(self, precision: str, head: str, size: int) -> Row:
+        reference, own = np.exp(self.sums[:2] / self.known)
+        kl, top1 = self.sums[2:] / self.positions
+        return Row(precision, head, size, float(own), float(reference), float(kl), float(top1))
+
+
+def logarithms(logits: NDArray[np.floating]) -> Tensor:
+    return torch.log_softmax(torch.from_numpy(logits.astype(np.float32)), 1)
+
+
+def judge(args: argparse.Namespace, kind: str, folders: dict[str, Path]) -> list[Row]:
+    """All graphs with one head, side by side, so that the reference runs once. What was judged before is read."""
     source = open_source(args.folder, options(args, "w8"))
-    vocab_size = source.artifact.spec.vocab_size
     width = min(args.width, source.positions)
-    test = read_material(options(args, "w8"), source.tokenizer, vocab_size, width).test
-    rows = []
-    for precision, folder in folders.items():
-        times = {} if precision in SIMULATED else timings(folder, args, vocab_size)
-        for kind, name in FILES.items():
-            with (
-                runner_of(args.folder, kind, args.folder, args.threads) as reference,
-                runner_of(folder, kind, args.folder, args.threads) as candidate,
-            ):
-                stats = compare(reference, candidate, test)
-            step = times.get(kind)
-            rows.append(
-                Row(
-                    precision=precision,
-                    head=kind,
-                    num_bytes=num_bytes(folder / name),
-                    perplexity=stats.perplexity_candidate,
-                    reference=stats.perplexity_reference,
-                    kl_mean=stats.kl_mean,
-                    top1=stats.top1_agreement,
-                    step_ms=step,
-                    tokens_per_second=None if step is None else 1000 / step,
-                    against_fp32=None if step is None else times["fp32"] / step,
-                    head_share=None if step is None else max(0.0, 1 - times[f"{kind}, no head"] / step),
-                )
-            )
-            print(table(rows[-1:]), flush=True)
+    asked = replace(options(args, "w8"), test_tokens=args.test_tokens)
+    blocks = read_material(asked, source.tokenizer, source.artifact.spec.vocab_size, width).test
+    names = {name: sha256(folder / FILES[kind]) for name, folder in folders.items()}
+    key = {**names, "blocks": sha256_of(blocks)}
+    kept = args.folder / f"judged.{kind}.json"
+    if kept.is_file() and (read := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
+        return [Row(**row) for row in read["rows"]]
+    tallies = {name: Tally() for name in folders}
+    with ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(runner_of(f, kind, args.folder, args.threads)) for name, f in folders.items()
+        }
+        for i, block in enumerate(blocks):
+            start = 0
+            together = zip(*(through_cache(r, block[None]) for r in runners.values()), strict=True)
+            for outputs in together:
+                given = dict(zip(runners, (o["logits"][0] for o in outputs), strict=True))
+                reference = logarithms(given["fp32"])
+                targets = torch.from_numpy(np.append(block, -1)[start + 1 : start + 1 + len(reference)])
+                for name, logits in given.items():
+                    tallies[name].add(reference, logits, targets)
+                start += len(reference)
+            print(f"\r{kind}: block {i + 1} of {len(blocks)}", end="", flush=True)
+    print()
+    rows = [tallies[name].row(name, kind, num_bytes(folder / FILES[kind])) for name, folder in folders.items()]
+    write_text(kept, json.dumps({"key": key, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return rows
 
 
+def sha256_of(blocks: NDArray[np.int64]) -> str:
+    return hashlib.sha256(blocks.tobytes()).hexdigest()
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    folders = make_graphs(args)
+    vocab_size = OnnxArtifact.load(args.folder / "model.onnx.json").spec.vocab_size
+    rows = {(row.precision, kind): row for kind in FILES for row in judge(args, kind, folders)}
+    for precision, folder in folders.items():
+        if precision in SIMULATED or args.seconds == 0:
+            continue
+        times = timings(folder, args, vocab_size)
+        for kind in FILES:
+            step = times[kind]
+            rows[precision, kind] = replace(
+                rows[precision, kind],
+                step_ms=step,
+                tokens_per_second=1000 / step,
+                against_fp32=times["fp32"] / step,
+                head_share=max(0.0, 1 - times[f"{kind}, no head"] / step),
+            )
+    return [rows[precision, kind] for precision in folders for kind in FILES]
+
+
 def table(rows: list[Row]) -> str:
-    lines = []
+    """As Markdown."""
+    lines = [
+        "| precision | head | MiB | perplexity | increase | mean KL | same best token | tokens/s | against fp32 | head's share |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        speed = (
-            "not timed"
-            if row.step_ms is None
-            else f"{row.tokens_per_second:6.1f} tokens/s {row.against_fp32:5.2f}x  head {row.head_share:5.1%}"
-        )
+        speed = "- | - | -"
+        if row.step_ms is not None:
+            speed = f"{row.tokens_per_second:.1f} | {row.against_fp32:.2f}x | {row.head_share:.1%}"
         lines.append(
-            f"{row.precision:13} {row.head:6} {row.num_bytes / 2**20:8.1f} MiB  perplexity {row.perplexity:8.3f} "
-            f"({row.perplexity / row.reference - 1:+7.2%})  KL {row.kl_mean:.5f}  top-1 {row.top1:6.2%}  {speed}"
+            f"| {row.precision} | {row.head} | {row.num_bytes / 2**20:.0f} | {row.perplexity:.2f} | {row.increase:+.2%} | "
+            f"{row.kl_mean:.4f} | {row.top1:.1%} | {speed} |"
         )
     return "\n".join(lines)
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    return [
+        f"{row.precision} with the {row.head} head: perplexity {row.increase:+.2%}, target {TARGETS[row.precision]:+.0%}: "
+        f"{'met' if row.increase <= TARGETS[row.precision] else 'MISSED'}"
+        for row in rows
+        if row.precision in TARGETS
+    ]
 
 
 def main() -> None:
@@ -221,29 +301,33 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a VQ-Logits model.pt or Hugging Face folder")
     parser.add_argument("--text", type=Path, required=True, help="what to calibrate on")
     parser.add_argument("--held-out", type=Path, help="what to test on; default: an eighth of the documents of --text")
-    parser.add_argument("--folder", type=Path, help="where the graphs go and stay; default: a scratch folder")
+    parser.add_argument("--folder", type=Path, required=True, help="where the graphs go and stay")
     parser.add_argument("--samples", type=int, default=32, help="blocks to calibrate on")
     parser.add_argument("--width", type=int, default=256, help="tokens a block")
     parser.add_argument("--test-tokens", type=int, default=8192, help="positions to test on")
-    parser.add_argument("--block", type=int, default=32, choices=(32, 64, 128), help="weights that share an INT4 scale")
-    parser.add_argument("--keep", default="", help="as --keep-in-fp16 of calibrate, for INT8 static and FP8")
+    parser.add_argument("--block", type=int, default=32, choices=(32, 64, 128), help="weights that share a scale")
+    parser.add_argument("--int8-keep", default="auto:20", help="as --keep-in-fp16 of calibrate, for INT8 static")
+    parser.add_argument("--int4-eight", default="down_proj,v_proj", help="as --keep-in-int8 of calibrate, for INT4")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache of a timed step")
     parser.add_argument("--threads", type=int, default=1, help="ONNX Runtime's intra-op threads")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each graph and cache state")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time for each graph and cache state; 0: quality alone"
+    )
     parser.add_argument("-o", "--output", type=Path, help="write all rows there as JSON")
+    parser.add_argument("--table", type=Path, help="write the table there as Markdown")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        args.folder = args.folder or Path(scratch)
-        rows = measure(args)
-    print(f"\n{args.model.name}, {args.threads} threads; {device_name()}\n{table(rows)}")
+    torch.set_num_threads(args.threads)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    rows = measure(args)
+    title = f"{args.model.name}, {args.test_tokens} positions, {args.threads} thread(s), {device_name()}"
+    said = "\n".join([title, "", table(rows), "", *(f"- {line}" for line in verdicts(rows))])
+    print(said)
+    if args.table:
+        write_text(args.table, said + "\n")
     if args.output:
-        made = {
-            "device": device_name(),
-            "threads": args.threads,
-            "block": args.block,
-            "rows": [asdict(r) for r in rows],
-        }
-        args.output.write_text(json.dumps(made, indent=1) + "\n")
+        settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
+        made = {"device": device_name(), "settings": settings, "rows": [asdict(row) for row in rows]}
+        write_text(args.output, json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -113,11 +113,11 @@ MAY_IMPORT = {
     "cli_bundle": {"errors", "manifest", "runners", "terminal", "triton"},
     "cli_generate": {"decoding", "errors", "generate", "pace", "prompts", "terminal", "textmodel"},
     "calibration": {
-        "checkpoint", "contract", "errors", "feeds", "files", "forms", "graph", "logit_errors", "manifest", "progress",
-        "quality", "records", "require", "runners", "text", "validate",
+        "checkpoint", "contract", "errors", "feeds", "files", "forms", "genai", "graph", "logit_errors", "manifest",
+        "progress", "quality", "records", "require", "runners", "text", "validate",
     },
     "calibrated": {"bundle", "files", "records", "report"},
-    "cli_calibrate": {"calibrated", "calibration", "errors", "terminal"},
+    "cli_calibrate": {"calibrated", "calibration", "errors", "manifest", "terminal"},
     "variants": {"errors"},
     "quantised": {
         "bench", "bundle", "calibration", "checkpoint", "errors", "feeds", "files", "forms", "genai", "graph", "head",

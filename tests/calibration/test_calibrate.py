@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from export_vq import manifest
 from export_vq.calibration import RANGES, CalibrationOptions, calibrate
 from export_vq.calibration.documents import read_material
 from export_vq.calibration.judge import compare, failures
@@ -64,6 +65,23 @@ def test_the_most_sensitive_layers_are_kept_and_that_helps(folder, text):
     assert part.total.kl_mean < whole.total.kl_mean
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_quantised_codebook_tells_what_it_costs(folder, text, precision):
+    keep = "model.layers"  # nothing but the head is quantised, so its cost is the whole
+    found = calibrate(folder, options(precision, text, quantise_head=True, keep=keep, samples=1), Steps())
+    assert found.quantised == 1
+    (cost,) = found.sensitivity
+    assert cost.name == "lm_head.codebook"
+    source = open_source(folder, options(precision, text))
+    block = read_material(options(precision, text, samples=1), source.tokenizer, 97, 24).calibration[:1]
+    signature = signature_of(source.artifact)
+    with (
+        OrtRunner(source.path, signature) as a,
+        OrtRunner(folder / precision / "model.onnx", signature, fuse_quantised=False) as b,
+    ):
+        assert compare(a, b, block).kl_mean == pytest.approx(cost.kl, rel=0.01, abs=1e-7)
+
+
 def test_one_layer_s_sensitivity_is_what_it_costs_quantised_alone(folder, text):
     """The switches against a graph in which that layer alone is quantised, on the very block that they were measured on."""
     asked = options("w8", text, runtime="tensorrt", sensitivity=True, samples=1)
@@ -78,6 +96,13 @@ def test_one_layer_s_sensitivity_is_what_it_costs_quantised_alone(folder, text):
         OrtRunner(folder / "w8" / "model.onnx", signature, fuse_quantised=False) as b,
     ):
         assert compare(a, b, block).kl_mean == pytest.approx(cost.kl, rel=0.01, abs=1e-7)
+
+
+def test_counts_serve_whatever_is_kept(folder, text):
+    calibrate(folder, options("fp8", text), Steps())
+    calibrate(folder, options("fp8", text, method="max", keep="model.layers.0"), Steps())
+    calibrate(folder, options("int8", text, smooth=0.0, quantise_head=True), Steps())
+    assert len(list((folder / RANGES).glob("*.json"))) == 1
 
 
 class _Stops(Steps):
@@ -146,6 +171,17 @@ def test_what_cannot_be_quantised_is_refused(folder, text, tmp_path):
         calibrate(folder, options("w8", text), Steps())
 
 
+def test_another_model_s_tokenizer_is_told_even_where_its_ids_are_known(folder, text):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[5:7]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    manifest.seal(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="not the tokenizer that was exported"):
+        calibrate(folder, options("w8", text), Steps())
+
+
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [
@@ -153,6 +189,8 @@ def test_what_cannot_be_quantised_is_refused(folder, text, tmp_path):
         ({"block": 48}, "--block is 48"),
         ({"keep": "auto:some"}, "expected auto:N"),
         ({"smooth": 1.5}, "--smooth is 1.5"),
+        ({"precision": "fp16", "keep": "auto:3"}, "fp16 is a type for everything"),
+        ({"precision": "int4", "rounding": "up"}, "--rounding is 'up'"),
         ({"precision": "int4", "quantise_head": True}, "--head quantise is for int8 and fp8"),
     ],
 )
@@ -177,10 +215,29 @@ def test_limits_hold_or_fail_one_by_one(text):
         assert len(failures(stats(**{name: float("nan")}), limits)) == 1
 
 
+def command(*args):
+    whole = [sys.executable, "-m", "export_vq.cli", *map(str, args)]
+    return subprocess.run(whole, capture_output=True, text=True, check=False)
+
+
+def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(folder, text):
+    manifest.seal(folder)
+    small = ("--samples", 2, "--width", 24, "--test-tokens", 48, "--threads", 1, "--limit", 100)
+    done = command("calibrate", folder, "--text", text, "--precision", "fp8", *small)
+    assert done.returncode == 0, done.stderr
+    assert command("inspect", folder, "--verify").returncode == 0
+    assert command("inspect", folder / "fp8", "--verify").returncode == 0
+    listed = manifest.read(folder / "fp8").files
+    assert {"model.onnx", "dense.onnx", "calibration.json", "genai_config.json", "tokenizer.json"} <= set(listed)
+    (folder / "fp8" / "config.json").write_text("{}")
+    assert manifest.verify(folder) == ("fp8/config.json: changed: not the content that the manifest lists",)
+    (folder / "fp8" / "manifest.json").unlink()
+    assert len([line for line in manifest.verify(folder) if "extra" in line]) == len(listed)
+
+
 def test_the_command_s_exit_codes(folder, text):
     def run(*args):
-        command = [sys.executable, "-m", "export_vq.cli", "calibrate", str(folder), "--text", str(text), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return command("calibrate", folder, "--text", text, *args)
 
     small = ("--samples", "2", "--width", "24", "--test-tokens", "48", "--threads", "1")
     good = run("--precision", "w8", "--limit", "100", *small)
@@ -189,8 +246,9 @@ def test_the_command_s_exit_codes(folder, text):
     bad = run("--precision", "int4", "--limit", "0", *small)
     assert bad.returncode == 1
     assert "FAIL" in bad.stdout
-    assert "allowed +0.00%" in bad.stderr
+    assert "mean KL is" in bad.stderr
     assert (folder / "int4" / "calibration.json").is_file()
+    assert manifest.verify(folder / "int4") == ()
     refused = run("--precision", "w8", "--width", "60000000", "--keep-in-fp16", "nothing", *small[:2])
     assert refused.returncode == 2
     assert "no layer is called" in refused.stderr

@@ -56,6 +56,19 @@ def test_documents_of_a_held_out_text_are_not_calibrated_on(tmp_path, tokenizer)
     assert set(found.test.ravel()) == {4, 9}
 
 
+def test_a_shifted_copy_of_a_held_out_text_is_not_calibrated_on(tmp_path, tokenizer):
+    """Its paragraphs gather to other documents than the held-out text's, so that no document is equal to one."""
+    random = np.random.default_rng(0)
+    paragraphs = [" ".join(f"w{w}" for w in random.integers(1, VOCAB, 60)) for _ in range(60)]
+    text, held = tmp_path / "text.txt", tmp_path / "held.txt"
+    text.write_text("\n\n".join(paragraphs))
+    held.write_text("\n\n* * *\n\n".join(paragraphs[25:35]))
+    found = read_material(options(text=text, held_out=held, samples=10**6, test_tokens=10**6), tokenizer, VOCAB, 5)
+    calibrated = {tuple(row) for row in np.lib.stride_tricks.sliding_window_view(found.calibration.ravel(), 5)}
+    assert not calibrated & {tuple(row) for row in found.test}
+    assert found.calibration.size > 30 * 60  # a separator alone makes no copy
+
+
 def test_the_split_does_not_hang_on_the_order_of_the_text(tmp_path, tokenizer):
     one, other = write(tmp_path / "one.txt", *range(1, 20)), write(tmp_path / "other.txt", *range(19, 0, -1))
     tested = [
@@ -84,14 +97,22 @@ def test_what_cannot_be_read_is_refused(tmp_path, tokenizer):
     empty.write_text(" \n")
     short.write_text(document(1) + "\n\nw2\n")
     np.savez(tmp_path / "other.npz", ids=np.zeros((2, 2)))
+    np.savez(tmp_path / "none.npz", input_ids=np.zeros((0, 20), np.int64))
+    np.savez(tmp_path / "objects.npz", input_ids=np.array([[1, 2], [3]], object))
+    np.savez(tmp_path / "few.npz", input_ids=np.arange(12).reshape(4, 3))
+    np.save(tmp_path / "array.npy", np.zeros((2, 2)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:40])
     cases = [
         (options(text=tmp_path / "missing.txt"), VOCAB, "cannot be read"),
         (options(text=empty), VOCAB, "holds no text"),
         (options(text=one), VOCAB, "all are needed to test on"),
         (options(text=short), VOCAB, "at least 20 were expected"),
         (options(text=write(tmp_path / "text.txt", *range(9))), 5, "expected ids from 0 to 4"),
-        (options(feeds=tmp_path / "other.npz"), VOCAB, "not an .npz file with input_ids"),
+        (options(feeds=tmp_path / "none.npz"), VOCAB, "N and S above 0"),
+        (options(feeds=tmp_path / "few.npz"), VOCAB, "at least 20 were expected"),
     ]
+    bad = ("other.npz", "objects.npz", "cut.npz", "array.npy", "empty.txt", "missing.npz")
+    cases += [(options(feeds=tmp_path / name), VOCAB, "not an .npz file with input_ids") for name in bad]
     for asked, vocab, says in cases:
         with pytest.raises(UserError, match=says):
             read_material(asked, tokenizer, vocab, 20)

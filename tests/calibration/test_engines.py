@@ -86,7 +86,9 @@ def test_the_inspector_s_low_types_are_read():
         return {"LayerType": "gemm", "Inputs": [{"Name": "int4", "Format/Datatype": t} for t in types], "Outputs": []}
 
     layers = [layer("Row major Int8 format"), layer("Row major linear FP16 format", "FP8"), layer("Float"), "fused"]
-    assert proof.read_layers(json.dumps({"Layers": layers})).quantised == {"int8": 1, "fp8": 1}
+    weights = {**layer("Row major linear FP16 format"), "Weights": {"Type": "Int4", "Count": 4096}}
+    found = proof.read_layers(json.dumps({"Layers": [*layers, weights]}))
+    assert found.quantised == {"int8": 1, "fp8": 1, "int4": 1}
 
 
 def test_a_graph_for_onnx_runtime_is_refused_with_the_mend(folder):

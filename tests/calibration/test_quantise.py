@@ -7,7 +7,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from export_vq import contract, feeds, forms
 from export_vq.calibration.options import CalibrationOptions
 from export_vq.calibration.products import chosen, products
-from export_vq.calibration.quantise import quantise
+from export_vq.calibration.quantise import needed_opset, quantise
 from export_vq.calibration.rounding import by_block, by_channel, packed
 from export_vq.calibration.smooth import smooth
 from export_vq.errors import UserError
@@ -57,8 +57,10 @@ def test_names_and_beginnings_of_names_are_kept(exported):
     left = [p.name for p in chosen(found, ["model.layers.0", "model.layers.1.mlp.up_proj"], head=False)]
     assert len(left) == 6
     assert all(name.startswith("model.layers.1.") for name in left)
-    with pytest.raises(UserError, match="no layer is called"):
-        chosen(found, ["model.layers.1.mlp.up"], head=False)
+    assert len(chosen(found, ["down_proj", "self_attn.v_proj"], head=False)) == 10
+    for nothing in ("model.layers.1.mlp.up", "proj", "layers.1"):
+        with pytest.raises(UserError, match="no layer is called"):
+            chosen(found, [nothing], head=False)
 
 
 class _Once(CalibrationDataReader):
@@ -192,7 +194,9 @@ def test_smoothing_changes_nothing_but_rounding(folder):
     layers = chosen(products(model), [], head=False)
     random = np.random.default_rng(0)
     largest = {str(p.activation.name): random.uniform(0.1, 50, p.numbers().shape[0]) for p in layers}
-    assert smooth(model, layers, {n: v.astype(np.float32) for n, v in largest.items()}, 0.5) == 4  # two norms a layer
+    assert (
+        smooth(model, layers, {n: v.astype(np.float32) for n, v in largest.items()}, 0.5) == 6
+    )  # two norms and a gate a layer
     exact = logits(folder)
     assert np.abs(logits(folder, model) - exact).max() < 1e-5 * np.ptp(exact)
 
@@ -203,3 +207,10 @@ def test_an_opset_too_old_is_told(folder):
         model.graph.opset_imports[""] = opset
         with pytest.raises(UserError, match=f"opset {opset}, {precision} needs {needed}"):
             quantise(model, [], options(precision, runtime="tensorrt"), {})
+
+
+def test_scales_in_float16_need_an_opset_that_knows_them():
+    for precision, runtime in (("int8", "onnxruntime"), ("w8", "tensorrt")):
+        asked = options(precision, runtime=runtime)
+        assert (needed_opset(asked, narrow=False), needed_opset(asked, narrow=True)) == (0, 19)
+    assert needed_opset(options("w8"), narrow=True) == 0  # MatMulNBits is of another domain
