@@ -174,6 +174,15 @@ def cli() -> None:
     show_default=True,
     help="What the exported model is asked to continue.",
 )
+@click.option(
+    "--bench-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    envvar="EXPORT_VQ_BENCH_SECONDS",
+    show_envvar=True,
+    help="Time for each way, batch size and cache state that is timed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of the summary.")
 @click.pass_context
 def run(
@@ -190,6 +199,7 @@ def run(
     threads: int,
     baseline: Path | None,
     prompt: str,
+    bench_seconds: float,
     matrix: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -200,7 +210,13 @@ def run(
 
     export = ExportOptions(dtype=dtype, opset=opset, output=output, top_k=top_k, last_token=last_token)
     options = RunOptions(
-        export=export, text=text, baseline=baseline, prompt=prompt, positions=positions, threads=threads
+        export=export,
+        text=text,
+        baseline=baseline,
+        prompt=prompt,
+        positions=positions,
+        threads=threads,
+        bench_seconds=bench_seconds,
     )
     if matrix:
         run_variants(model, out, matrix, options, as_json=as_json, context=context)

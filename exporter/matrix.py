@@ -170,7 +170,9 @@ class _Matrix:
         if variant.dtype in SIMULATED:
             not_done.append(f"times: ONNX Runtime's CPU provider only simulates {variant.dtype}")
         else:
-            bench = bench_quantised(target, self._head, self._blocks, options.threads, self._progress)
+            bench = bench_quantised(
+                target, self._head, self._blocks, options.threads, options.bench_seconds, self._progress
+            )
         sizes = [OnnxArtifact.load(target.folder / f"{name}.onnx.json").num_bytes for name in ("model", "dense")]
         return self._row(
             variant,

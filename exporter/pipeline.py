@@ -58,7 +58,8 @@ class RunOptions:
 
     `text` is a UTF-8 file or folder to check and measure on (random tokens without), `baseline` the dense original,
     `positions` how many token positions the fp32 check covers, `gap_tokens` how many tokens the model gap, `threads`
-    ONNX Runtime's intra-op threads (0: its own choice).
+    ONNX Runtime's intra-op threads (0: its own choice), `bench_seconds` the time for each way, batch size and cache state
+    that is timed.
     """
 
     export: ExportOptions = field(default_factory=ExportOptions)
@@ -68,6 +69,7 @@ class RunOptions:
     positions: int = 2048
     gap_tokens: int = 4096
     threads: int = 0
+    bench_seconds: float = 2.0
 
 
 def run_pipeline(model: Path, out: Path, options: RunOptions, progress: Progress) -> RunReport:
@@ -161,7 +163,11 @@ class _Run:
                 )
                 for name, (graph, native) in judged.items()
             ]
-            bench_key = {**check_key, "device": device_name(), "threads": options.threads}
+            bench_key = check_key | {
+                "device": device_name(),
+                "threads": options.threads,
+                "seconds": options.bench_seconds,
+            }
             bench = self._step("bench", bench_key, BenchReport, lambda tell: self._bench(artifacts, tell))
             if artifacts["vq"].output == "sample":
                 self.not_done.append(
@@ -318,7 +324,10 @@ class _Run:
             backend = f"ONNX Runtime {version_of('onnxruntime')}"
             if native_library() is not None:
                 backend += " with native kernels"
-            return run_benchmark([*heads, step], threads=threads, dtype=dtype, backend=backend, progress=tell)
+            seconds = self.options.bench_seconds
+            return run_benchmark(
+                [*heads, step], threads=threads, dtype=dtype, backend=backend, seconds=seconds, progress=tell
+            )
 
     def _write(self, artifact: OnnxArtifact) -> Continuation:
         if artifact.output == "sample":

@@ -144,7 +144,7 @@ def check_ended(
 
 
 def bench_quantised(
-    bundle: Bundle, head: Callable[[], VQHead], blocks: Blocks, threads: int, progress: Progress
+    bundle: Bundle, head: Callable[[], VQHead], blocks: Blocks, threads: int, seconds: float, progress: Progress
 ) -> BenchReport:
     """Time the VQ head, which stays in the graph's type, and a decode step of the quantised model and of its dense twin.
 
@@ -153,6 +153,7 @@ def bench_quantised(
         head: gives the head in float32.
         blocks: see Blocks; gives the prompt of the step.
         threads: ONNX Runtime's (0: its own choice).
+        seconds: for each way, batch size and cache state.
         progress: told of every step.
     """
     artifact = _record(bundle, "model.onnx")
@@ -175,6 +176,7 @@ def bench_quantised(
                 threads=threads,
                 dtype=artifact.precision,
                 backend=vq.name,
+                seconds=seconds,
                 progress=lambda part: tell("bench", part),
             )
 
@@ -182,6 +184,7 @@ def bench_quantised(
     key = {
         "graphs": _hashes(bundle),
         "threads": threads,
+        "seconds": seconds,
         "device": device_name(),
         "native": library.sha256 if library else "",
         "version": version("export-vq"),

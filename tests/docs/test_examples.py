@@ -34,11 +34,8 @@ def run(name, world, *args):
     done = subprocess.run(
         ["bash", FOLDER / name, *map(str, args)],
         cwd=world,
-        env={
-            **os.environ,
-            "PATH": path,
-            "OMP_NUM_THREADS": "1",
-        },  # tiny matrices: threads would only wait for each other
+        # Tiny matrices: threads would only wait for each other.
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

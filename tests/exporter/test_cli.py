@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, skipped steps, nothing left behind."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -14,8 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import DAMAGES, save_dense, save_tiny, tiny_model
 
-from export_vq import cli, pipeline
-from export_vq.bench import run_benchmark
+from export_vq import cli
 from export_vq.compress import KINDS, CompressOptions
 from export_vq.compress.assign import METHODS
 from export_vq.load import load_model, save_model
@@ -114,7 +112,6 @@ def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch)
 
 @pytest.mark.parametrize(("output", "rest"), [("topk", ("--top-k", "5", "--last-token")), ("sample", ())])
 def test_main_job_and_check_of_a_graph_that_chooses(output, rest, world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "run_benchmark", functools.partial(run_benchmark, seconds=0.01, min_rounds=2))
     out = tmp_path / "out"
     few = ("--positions", "256")
     code, stdout, stderr = run(capsys, monkeypatch, world / "model.pt", "-o", out, "--output", output, *rest, *few)
