@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="tokens a block")
     parser.add_argument("--test-tokens", type=int, default=8192, help="positions to test on")
     parser.add_argument("--block", type=int, default=32, choices=(32, 64, 128), help="weights that share a scale")
-    parser.add_argument("--int8-keep", default="auto:20", help="as --keep-in-fp16 of calibrate, for INT8 static")
+    parser.add_argument("--int8-keep", default="", help="as --keep-in-fp16 of calibrate, for INT8 static")
     parser.add_argument("--int4-eight", default="down_proj,v_proj", help="as --keep-in-int8 of calibrate, for INT4")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in the cache of a timed step")
     parser.add_argument("--threads", type=int, default=1, help="ONNX Runtime's intra-op threads")

@@ -139,9 +139,9 @@ def test_some_layers_in_8_bits_cost_less(folder, text):
     model = read_graph(folder / "int4" / "model.onnx")
     assert sorted(n.attributes.get_int("bits") for n in model.graph if n.op_type == "MatMulNBits") == [4] * 8 + [8] * 6
     named = calibrate(folder, options(text, eight="model.layers.0.mlp"), Steps())
-    assert named.notes == (
-        "in 8 bits: model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj",
-    )
+    in_8_bits = "model.layers.0.mlp.down_proj, model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"
+    assert named.notes[0] == f"in 8 bits: {in_8_bits}"
+    assert "worse than guessing among its 97 tokens" in named.notes[1]  # weights are random
     calibrate(folder, options(text, eight="model.layers.0.mlp", runtime="tensorrt"), Steps())
     pairs = [n for n in read_graph(folder / "int4" / "model.onnx").graph if n.op_type == "DequantizeLinear"]
     assert sorted({str(n.inputs[0].const_value.dtype) for n in pairs}) == ["INT4", "INT8"]
