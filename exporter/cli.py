@@ -221,12 +221,15 @@ def export(model: Path, out: Path, form: str, external_data_mb: int, **chosen: A
     from export_vq.graph import ExportOptions
     from export_vq.load import load_model
     from export_vq.manifest import seal
+    from export_vq.staging import staged
     from export_vq.steps import export_step
 
     loaded = load_model(model)
     options = ExportOptions(form=form, external_data_bytes=external_data_mb << 20, **chosen)
-    artifacts = export_step(lambda: loaded, sha256(model), Bundle(out), options, Steps())
-    seal(out)
+    source = sha256(model)
+    with staged(out, f"{source} {options}") as folder:
+        artifacts = export_step(lambda: loaded, source, Bundle(folder), options, Steps())
+        seal(folder)
     for artifact in artifacts.values():
         click.echo(f"{out / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
 

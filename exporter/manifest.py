@@ -26,11 +26,10 @@ from export_vq.files import is_inside, sha256, whole
 from export_vq.plugins import library
 from export_vq.plugins.library import Library
 from export_vq.records import EngineArtifact, OnnxArtifact, Record
+from export_vq.staging import STATE, settle
 
 FILE = "manifest.json"
 FORMAT = 1
-STATE = "steps"
-"""The folder of what resumable steps keep: no part of what is shipped."""
 CONTRACT = f"{contract.DOMAIN} {contract.VERSION}"
 _SHIPPED = ("vq_ort", "vq_trt")
 _NAMED = ("config.json", "genai_config.json", "report.json", "report.html")
@@ -83,6 +82,7 @@ def read(folder: Path) -> Manifest:
     Raises:
         UserError: there is none, or it is not one.
     """
+    settle(folder)
     path = folder / FILE
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -128,6 +128,7 @@ def bundled_library(folder: Path, name: str) -> Library | None:
     Raises:
         UserError: the manifest lists it, but the file is another one; such a library is never loaded.
     """
+    settle(folder)
     if not (folder / FILE).is_file():
         return None
     manifest, file = read(folder), f"lib/lib{name}.so"

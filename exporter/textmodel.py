@@ -20,6 +20,7 @@ from export_vq.forms import read_graph
 from export_vq.generate import TokenEvent, stream
 from export_vq.records import OnnxArtifact
 from export_vq.runners import OrtRunner, signature_of
+from export_vq.staging import settle
 from export_vq.top_k_graph import end_in_top_k
 from export_vq.validate import check_tokenizer
 
@@ -40,6 +41,7 @@ class TextModel(Closing):
         """
         from tokenizers import Tokenizer
 
+        settle(folder)
         for name in ("model.onnx", "model.onnx.json", "config.json", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise UserError(
