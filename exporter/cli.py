@@ -66,6 +66,15 @@ def main() -> None:
     except MemoryError:
         console.print("[red]error:[/] out of memory; close other programs, or use a machine with more")
         sys.exit(2)
+    except OSError as error:
+        if debug:
+            raise
+        console.print(
+            f"[red]error:[/] {error.filename or 'a file'}: {error.strerror or plain(error)}; see that it may be read or "
+            "written, and that the disk has room",
+            soft_wrap=True,
+        )
+        sys.exit(2)
     except Exception as error:
         if debug:
             raise

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,8 @@ def _told(out: Path) -> Iterator[None]:
 
 def _begin(out: Path, identity: str) -> tuple[Path, dict[str, int]]:
     """The folder to work in, and what a run that makes nothing leaves in it; one gone on with has been worth keeping before."""
+    with tempfile.TemporaryFile(dir=out):
+        pass  # a folder that cannot be written is refused now, not when all is made
     _put_in_place(out)
     manifest = out / _LAST
     base = sha256(manifest) if manifest.is_file() else ""

@@ -7,6 +7,7 @@ that write no file. It has one thread, as a process with more cannot be forked s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -34,7 +35,11 @@ def _server() -> Any:
 
 
 def start(log: Path, *args: object, file_bytes: int = resource.RLIM_INFINITY) -> Any:
-    """Start `export-vq ARGS` in a process of its own, which may write no file larger than `file_bytes`; it prints to `log`."""
+    """Start `export-vq ARGS` in a process of its own that heeds permissions even as root; it prints to `log`.
+
+    Args:
+        file_bytes: what no file may exceed, as on a disk that is full.
+    """
     process = _server().Process(target=_run, args=(log, [str(arg) for arg in args], file_bytes))
     process.start()
     return process
@@ -56,10 +61,35 @@ def _run(log: Path, args: list[str], file_bytes: int) -> None:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    _heed_permissions()
     from export_vq.cli import main
 
     sys.argv = ["export-vq", *args]
-    main()
+    try:
+        main()
+    finally:
+        _peak(log).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10))
+
+
+def peak_bytes(log: Path) -> int:
+    """The most memory that the finished process with this log held."""
+    return int(_peak(log).read_text())
+
+
+def _peak(log: Path) -> Path:
+    return log.with_name(f"{log.name}.peak")
+
+
+def _heed_permissions() -> None:
+    """Give up what lets root read and write everything: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH (capabilities(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    if libc.capget(header, sets) != 0:
+        raise OSError(ctypes.get_errno(), "capget")
+    sets[0] &= ~(1 << 1 | 1 << 2)
+    if libc.capset(header, sets) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _remembered(trace: Callable[..., Any]) -> Callable[..., Any]:
