@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 
 import pytest
@@ -110,10 +111,12 @@ def test_of_two_runs_at_once_one_ends_well_and_one_is_told_why_not(model, tmp_pa
     while not list(out.glob("steps/next-*")):
         assert first.is_alive()
         time.sleep(0.001)
-    os.kill(first.pid, 19)  # SIGSTOP: it is there for as long as the other one looks
-    sentence = _refusal(*warm_jobs.finish(tmp_path / "second", model, "-o", out, *_JOB))
-    assert "another export-vq is writing there" in sentence
-    os.kill(first.pid, 18)  # SIGCONT
+    os.kill(first.pid, signal.SIGSTOP)  # it is there for as long as the other one looks
+    try:
+        sentence = _refusal(*warm_jobs.finish(tmp_path / "second", model, "-o", out, *_JOB))
+        assert "another export-vq is writing there" in sentence
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     first.join(300)
     assert first.exitcode == 0
     assert manifest.verify(out) == ()
