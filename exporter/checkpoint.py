@@ -142,6 +142,7 @@ def _unpickle(path: Path) -> Any:
             )
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty, expected a torch.save archive; copy or save it again")
+        _check_readable(path)
         if not zipfile.is_zipfile(path):
             raise UserError(
                 f"{path}: no zip structure (cut short, or another format), expected a torch.save archive; copy or save it again"
@@ -177,6 +178,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
         file = path / name
         if not file.is_file():
             raise UserError(f"{path}: {name} is missing, expected the model's weights in it; save or copy it again")
+        _check_readable(file)
         try:
             shard = load_file(file)
         except Exception as error:  # damaged headers raise several kinds
@@ -190,6 +192,14 @@ def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[st
             )
         tensors.update(shard)
     return config, tensors, tokenizer_files(path)
+
+
+def _check_readable(file: Path) -> None:
+    """Who may not read a file is told that, not that it is damaged."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); see to its permissions") from error
 
 
 def _shards(path: Path) -> list[str]:
@@ -235,5 +245,5 @@ def read_json(file: Path) -> Any:
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({first_line(error)}), expected valid JSON; save or copy it again") from error

@@ -67,6 +67,15 @@ def main() -> None:
     except MemoryError:
         console.print("[red]error:[/] out of memory; close other programs, or use a machine with more")
         sys.exit(2)
+    except OSError as error:
+        if debug:
+            raise
+        console.print(
+            f"[red]error:[/] {error.filename or 'a file'}: {error.strerror or plain(error)}; see that it may be read or "
+            "written, and that the disk has room",
+            soft_wrap=True,
+        )
+        sys.exit(2)
     except Exception as error:
         if debug:
             raise
@@ -252,12 +261,15 @@ def export(model: Path, out: Path, form: str, external_data_mb: int, **chosen: A
     from export_vq.graph import ExportOptions
     from export_vq.load import load_model
     from export_vq.manifest import seal
+    from export_vq.staging import staged
     from export_vq.steps import export_step
 
     loaded = load_model(model)
     options = ExportOptions(form=form, external_data_bytes=external_data_mb << 20, **chosen)
-    artifacts = export_step(lambda: loaded, sha256(model), Bundle(out), options, Steps())
-    seal(out)
+    source = sha256(model)
+    with staged(out, f"{source} {options}") as folder:
+        artifacts = export_step(lambda: loaded, source, Bundle(folder), options, Steps())
+        seal(folder)
     for artifact in artifacts.values():
         click.echo(f"{out / artifact.path}  {artifact.form}, {artifact.dtype}, {artifact.num_bytes / 2**20:.1f} MiB")
 

@@ -129,7 +129,10 @@ def _inspect_onnx(path: Path) -> Inspection:
     metadata = model.metadata_props.get(METADATA_KEY)
     if metadata is None:
         raise UserError(f"{path}: not written by export-vq (no {METADATA_KEY} metadata); give one of its files")
-    artifact = OnnxArtifact.from_json(json.loads(metadata))
+    try:
+        artifact = OnnxArtifact.from_json(json.loads(metadata))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: its {METADATA_KEY} metadata is damaged ({error}); export it again") from error
     nodes = head_nodes(model)
     ops = ", ".join(dict.fromkeys(f"{node.domain}::{node.op_type}" for node in nodes)) or contract.DOMAIN
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]

@@ -27,10 +27,11 @@ from export_vq.files import is_inside, sha256, whole
 from export_vq.plugins import library
 from export_vq.plugins.library import Library
 from export_vq.records import EngineArtifact, OnnxArtifact, Record
+from export_vq.staging import STATE, settle
 
 FILE = "manifest.json"
 FORMAT = 1
-STATE = ("steps", "ranges")
+UNSHIPPED = (STATE, "ranges")
 """Folders of what resumable steps keep: no part of what is shipped."""
 QUANTISED = "calibration.json"
 """What `calibrate` writes beside a graph: a folder in this one with that and a manifest is an output folder of its own."""
@@ -86,6 +87,7 @@ def read(folder: Path) -> Manifest:
     Raises:
         UserError: there is none, or it is not one.
     """
+    settle(folder)
     path = folder / FILE
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -132,6 +134,7 @@ def bundled_library(folder: Path, name: str) -> Library | None:
     Raises:
         UserError: the manifest lists it, but the file is another one; such a library is never loaded.
     """
+    settle(folder)
     if not (folder / FILE).is_file():
         return None
     manifest, file = read(folder), f"lib/lib{name}.so"
@@ -224,7 +227,7 @@ def _form_problem(data: Any) -> str:
     if set(data) != {"format", *texts} or any(not isinstance(data[name], kind) for name, kind in texts.items()):
         return f"its fields are not format, {', '.join(texts)}"
     for name, digest in data["files"].items():
-        if not is_inside(name) or name == FILE or name.split("/")[0] in STATE:
+        if not is_inside(name) or name == FILE or name.split("/")[0] in UNSHIPPED:
             return f"it lists {_shown(name)!r}, expected a relative path inside the folder"
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             return f"the hash of {_shown(name)} is no SHA-256"
@@ -237,7 +240,7 @@ def _form_problem(data: Any) -> str:
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
     """Everything in the folder that is no folder, links to folders among it; state, the manifest and what has its own
     manifest left out."""
-    left_out = {*STATE, *(path.name for path in _quantised(folder))}
+    left_out = {*UNSHIPPED, *(path.name for path in _quantised(folder))}
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
         if here == folder:

@@ -43,6 +43,7 @@ from export_vq.records import (
 from export_vq.report import render_html
 from export_vq.require import require
 from export_vq.runners import OrtRunner, TorchRunner, native_library, signature_of
+from export_vq.staging import staged
 from export_vq.steps import export_step
 from export_vq.text import filled_blocks, read_text
 from export_vq.trt_runner import TrtRunner
@@ -74,6 +75,7 @@ class RunOptions:
 
 def run_pipeline(model: Path, out: Path, options: RunOptions, progress: Progress) -> RunReport:
     """Do everything this machine can do for one checkpoint, write `report.json` and `report.html`, and seal the folder.
+    Until it has come to its end, the folder stays what it was.
 
     Args:
         model: a VQ-Logits model.pt or Hugging Face folder.
@@ -87,21 +89,27 @@ def run_pipeline(model: Path, out: Path, options: RunOptions, progress: Progress
     Raises:
         UserError: an input cannot be used.
     """
-    return _Run(model, Bundle(out), options, progress).report()
+    source = _source(model, options)
+    with staged(out, f"{source} {options.export}") as folder:
+        return _Run(model, source, Bundle(folder), options, progress).report()
+
+
+def _source(model: Path, options: RunOptions) -> str:
+    """SHA-256 of the model, when all that the options name is there."""
+    if not model.exists():
+        raise UserError(f"{model}: no such file or folder; give a VQ-Logits model.pt or a Hugging Face folder")
+    if options.baseline is not None and not options.baseline.exists():
+        raise UserError(
+            f"{options.baseline}: no such file or folder; give the dense model as a Hugging Face folder or GGUF file"
+        )
+    return sha256(model)
 
 
 class _Run:
     """One run of the main job; the model is only read when a step needs it."""
 
-    def __init__(self, model: Path, bundle: Bundle, options: RunOptions, progress: Progress) -> None:
-        if not model.exists():
-            raise UserError(f"{model}: no such file or folder; give a VQ-Logits model.pt or a Hugging Face folder")
-        if options.baseline is not None and not options.baseline.exists():
-            raise UserError(
-                f"{options.baseline}: no such file or folder; give the dense model as a Hugging Face folder or GGUF file"
-            )
-        self.path, self.bundle, self.options, self.progress = model, bundle, options, progress
-        self.source = sha256(model)
+    def __init__(self, model: Path, source: str, bundle: Bundle, options: RunOptions, progress: Progress) -> None:
+        self.path, self.source, self.bundle, self.options, self.progress = model, source, bundle, options, progress
         self.not_done: list[str] = []
 
     @cached_property
@@ -384,7 +392,7 @@ def check_folder(model: Path, folder: Path, options: RunOptions, progress: Progr
     Raises:
         UserError: there is no such graph, or this machine cannot run it.
     """
-    run = _Run(model, Bundle(folder), options, progress)
+    run = _Run(model, _source(model, options), Bundle(folder), options, progress)
     names = [name for name in ("model.onnx", "dense.onnx") if (folder / name).is_file()]
     if not names:
         raise UserError(f"{folder}: holds no model.onnx; export one with: export-vq export {model} -o {folder}")

@@ -29,9 +29,15 @@ class Record:
 
     @classmethod
     def from_json(cls: type[R], data: dict[str, Any]) -> R:
-        """The record that `to_json` wrote; unknown fields are refused by the constructor."""
+        """The record that `to_json` wrote; unknown fields are refused by the constructor.
+
+        Raises:
+            TypeError, ValueError: it is none; the sentence names the field.
+        """
+        if not isinstance(data, dict):
+            raise TypeError(f"{cls.__name__} is {_kind(data)}, expected a dict")
         hints = typing.get_type_hints(cls)
-        return cls(**{name: _revive(hints.get(name, Any), value) for name, value in data.items()})
+        return cls(**{name: _revive(hints.get(name, Any), value, name) for name, value in data.items()})
 
     def save(self, path: Path) -> None:
         """Write the record as a JSON file, whole or not at all."""
@@ -46,24 +52,44 @@ class Record:
         """
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: not a readable {cls.__name__} ({error}); delete it and run again") from error
 
 
-def _revive(hint: Any, value: Any) -> Any:
-    """Rebuild nested records and tuples from what JSON made of them."""
-    origin = typing.get_origin(hint)
+def _revive(hint: Any, value: Any, name: str) -> Any:
+    """Rebuild nested records and tuples from what JSON made of them; what is of another type than the field is refused."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return None if value is None else _revive(inner[0], value) if len(inner) == 1 else value
-    if origin is tuple:
-        args = typing.get_args(hint)
+        inner = [arg for arg in args if arg is not type(None)]
+        return None if value is None and len(inner) < len(args) else _revive_one_of(inner, value, name)
+    if origin is tuple and isinstance(value, list | tuple):
         if len(args) == 2 and args[1] is Ellipsis:
-            return tuple(_revive(args[0], item) for item in value)
-        return tuple(_revive(arg, item) for arg, item in zip(args, value, strict=True))
+            return tuple(_revive(args[0], item, name) for item in value)
+        if len(args) != len(value):
+            raise ValueError(f"{name} has {len(value)} items, expected {len(args)}")
+        return tuple(_revive(arg, item, name) for arg, item in zip(args, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _revive(args[1], item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint.from_json(value)
+    wanted = (int, float) if hint is float else origin or hint
+    if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{name} is {_kind(value)}, expected {getattr(hint, '__name__', hint)}")
     return value
+
+
+def _revive_one_of(hints: list[Any], value: Any, name: str) -> Any:
+    if len(hints) == 1:
+        return _revive(hints[0], value, name)
+    if not isinstance(value, tuple(typing.get_origin(hint) or hint for hint in hints)):
+        raise TypeError(f"{name} is {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}" if value is not None else "null"
 
 
 @dataclass(frozen=True)

@@ -192,12 +192,14 @@ class OrtRunner(Closing):
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profiles.name, "run"))
         graph: Path | bytes = path
-        if edited is not None:
-            graph = ir.to_proto(edited).SerializeToString()
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
+            if edited is not None:
+                graph = ir.to_proto(edited).SerializeToString()
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(path.parent)
+                )
             self._session: Any = ort.InferenceSession(graph, options, providers=[provider])
-        except Exception as error:  # the runtime's exceptions share no base
+        except Exception as error:  # the runtime's exceptions share no base, nor do onnx_ir's
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"{path}: ONNX Runtime cannot run it on {provider} ({reason}); export with --dtype fp32 or fp16, or use a GPU"

@@ -14,14 +14,15 @@ from typing import Any
 
 from export_vq.backends import AUTO, longest_sequence, open_runner
 from export_vq.chat import ChatTemplate, has_template
-from export_vq.checkpoint import read_json
+from export_vq.checkpoint import read_json, tokenizer_files
 from export_vq.decoding import DecodingOptions
 from export_vq.errors import UserError
 from export_vq.feeds import Closing
 from export_vq.files import is_inside
 from export_vq.generate import TokenEvent, stream
 from export_vq.records import OnnxArtifact
-from export_vq.validate import check_tokenizer
+from export_vq.staging import settle
+from export_vq.validate import check_tokenizer, mapping, shown
 
 
 class TextModel(Closing):
@@ -42,6 +43,7 @@ class TextModel(Closing):
         """
         from tokenizers import Tokenizer
 
+        settle(folder)
         for name in ("model.onnx", "model.onnx.json", "config.json", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise UserError(
@@ -53,16 +55,20 @@ class TextModel(Closing):
             raise UserError(
                 f"{folder}/model.onnx.json: its path is {artifact.path!r}, expected a file of the same folder; export it again"
             )
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        text = tokenizer_files(folder)["tokenizer.json"]
         check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
-        config = read_json(folder / "config.json")
+        config = _read_dict(folder / "config.json")
         self.eos_ids = _eos_ids(folder, config)
+        self._positions = config.get("max_position_embeddings") or config.get("n_positions")
+        if self._positions is not None and type(self._positions) is not int:
+            raise UserError(
+                f"{folder}/config.json: the number of positions is {shown(self._positions)}, expected a whole number; correct it"
+            )
         self._vocab_size = artifact.spec.vocab_size
         self._tokenizer = Tokenizer.from_str(text)
         self._folder = folder
         self.has_template = has_template(folder)
         self.runner = open_runner(folder, artifact, backend, threads)
-        self._positions = config.get("max_position_embeddings") or config.get("n_positions")
         self._longest = longest_sequence(self.runner)
 
     def encode(self, prompt: str, *, raw: bool = False, where: str = "the prompt") -> list[int]:
@@ -133,7 +139,14 @@ class TextModel(Closing):
 def _eos_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     """The tokens that end a text: generation_config.json's where it names any, else config.json's."""
     file = folder / "generation_config.json"
-    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    found = _read_dict(file).get("eos_token_id") if file.is_file() else None
     if found is None:
         found = config.get("eos_token_id")
-    return frozenset([] if found is None else found if isinstance(found, list) else [found])
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in ids):
+        raise UserError(f"{folder}: eos_token_id is {shown(found)}, expected token ids; correct the config")
+    return frozenset(ids)
+
+
+def _read_dict(file: Path) -> dict[str, Any]:
+    return mapping(file, "(top level)", read_json(file))

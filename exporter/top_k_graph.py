@@ -51,7 +51,7 @@ def end_in(model: ir.Model, artifact: OnnxArtifact, output: HeadOutput) -> bool:
     """
     nodes = forms.head_nodes(model)
     replaceable = (artifact.output, artifact.form) == ("logits", "portable") and len(nodes) == 1
-    if not replaceable or not nodes[0].outputs[0].is_graph_output():
+    if not replaceable or not nodes[0].outputs[0].is_graph_output() or nodes[0].op_identifier() not in model.functions:
         return False
     node, op = nodes[0], tape.Tape()
     code_logits, *constants = [value for value in node.inputs if value is not None]

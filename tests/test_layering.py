@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "bench": {"records"},
     "workloads": {"bench", "feeds", "graph", "head", "head_output", "outputs", "runners"},
     "bundle": {"errors", "files", "records"},
-    "manifest": {"checkpoint", "contract", "errors", "files", "plugins.library", "records"},
+    "staging": {"errors", "files"},
+    "manifest": {"checkpoint", "contract", "errors", "files", "plugins.library", "records", "staging"},
     "wording": {"records"},
     "plots": {"records", "wording"},
     "report": {"plots", "records", "wording"},
@@ -97,15 +98,16 @@ MAY_IMPORT = {
     },
     "pipeline": {
         "bench", "bundle", "calibrated", "engine_steps", "errors", "feeds", "files", "genai", "generate", "graph", "load",
-        "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "steps", "text",
-        "trt_runner", "workloads",
+        "manifest", "parity", "progress", "quality", "records", "report", "require", "runners", "staging", "steps",
+        "text", "trt_runner", "workloads",
     },
     "triton": {"errors", "files", "forms", "plugins.library", "records"},
     "top_k_graph": {"contract", "forms", "head_output", "layers", "outputs", "records"},
     "backends": {"errors", "forms", "records", "require", "runners", "top_k_graph", "trt_runner"},
     "chat": {"checkpoint", "errors", "validate"},
     "textmodel": {
-        "backends", "chat", "checkpoint", "decoding", "errors", "feeds", "files", "generate", "records", "validate",
+        "backends", "chat", "checkpoint", "decoding", "errors", "feeds", "files", "generate", "records", "staging",
+        "validate",
     },
     "prompts": {"errors"},
     "pace": set(),
@@ -135,7 +137,8 @@ MAY_IMPORT = {
     },
     "cli": {
         "bundle", "cli_bundle", "cli_calibrate", "cli_generate", "cli_matrix", "cli_native", "compress", "doctor", "errors", "files", "graph",
-        "inspection", "load", "manifest", "pipeline", "report", "steps", "terminal", "tuning", "wording",
+        "inspection", "load", "manifest", "pipeline", "report", "staging",
+        "steps", "terminal", "tuning", "wording",
     },
     "__init__": {
         "bench", "calibration", "compress", "decoding", "embedding", "engine", "errors", "generate", "graph", "head", "load",
@@ -145,7 +148,7 @@ MAY_IMPORT = {
 FOLDERS = ("calibration", "compress", "quality", "trim", "tuning")
 """Rooms of several files."""
 STANDARD_LIBRARY_ONLY = (
-    "contract", "errors", "files", "require", "records", "bundle", "doctor", "genai", "manifest",
+    "contract", "errors", "files", "require", "records", "bundle", "doctor", "genai", "manifest", "staging",
     "plugins.library", "plugins.toolchain", "plugins.headers", "plugins.compiling", "plugins.build",
 )  # fmt: skip
 LIGHT = {
