@@ -26,14 +26,19 @@ class MatrixCommand(click.Command):
     """Lets `--matrix` be followed by several KEY=VALUE,.. words, as click's options take a fixed number of them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        inside = False
-        for word in args:
-            inside = word == OPTION or (inside and bool(_AXIS.match(word)))
-            if inside and word != OPTION and spread[-1] != OPTION:
-                spread.append(OPTION)
-            spread.append(word)
-        return super().parse_args(ctx, spread)
+        return super().parse_args(ctx, spread(args))
+
+
+def spread(args: list[str]) -> list[str]:
+    """The same words with `--matrix` before each KEY=VALUE,.. that follows one."""
+    words: list[str] = []
+    inside = False
+    for word in args:
+        inside = word == OPTION or (inside and bool(_AXIS.match(word)))
+        if inside and word != OPTION and words[-1] != OPTION:
+            words.append(OPTION)
+        words.append(word)
+    return words
 
 
 def run_variants(

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from export_vq.cli import cli
+from export_vq.cli_matrix import spread
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -143,7 +144,8 @@ def check_call(words: list[str]) -> None:
     command = context.command
     if isinstance(command, click.Group):
         raise click.UsageError(f"{command.name} needs one of its commands")
-    given, more, _ = command.make_parser(context).parse_args([word for word in rest if word != "--debug"])
+    words = spread([word for word in rest if word != "--debug"])
+    given, more, _ = command.make_parser(context).parse_args(words)
     if more:
         raise click.UsageError(f"{' '.join(more)} is left over")
     for parameter in command.params:
