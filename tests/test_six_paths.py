@@ -1,12 +1,10 @@
 """One output folder, six ways to run it: the same greedy tokens in each; time and memory of each are printed (pytest -s)."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import bundles
@@ -73,18 +71,24 @@ def programs(tmp_path_factory):
     return build
 
 
+LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[2:])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+open(sys.argv[1], "w").write(f"{time.perf_counter() - start:6.2f} s {peak / 1024:7.0f} MiB")
+sys.exit(done.returncode)
+"""
+"""A small process between: a program's peak of memory begins with that of the process that started it."""
+
+
 def _said(name, beside, *command):
     """What a program prints, run beside out/ in a process of its own."""
-    start = time.perf_counter()
-    with (beside / "said").open("w+") as said, (beside / "errors").open("w+") as errors:
-        process = subprocess.Popen(list(map(str, command)), cwd=beside, stdout=said, stderr=errors)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        errors.seek(0)
-        assert process.returncode == 0, errors.read()
-        print(f"\n{name:20s} {time.perf_counter() - start:6.2f} s {used.ru_maxrss / 1024:7.0f} MiB", end=" ")
-        said.seek(0)
-        return said.read()
+    command = (sys.executable, "-S", "-c", LAUNCHER, beside / "used", *map(str, command))
+    done = subprocess.run(command, cwd=beside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(f"\n{name:20s}", (beside / "used").read_text(), end=" ")
+    return done.stdout
 
 
 def _recipe():
