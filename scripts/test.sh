@@ -16,6 +16,15 @@ if ! command -v chromium google-chrome chromium-browser >/dev/null 2>&1; then
     fi
 fi
 
+# Jetson's compiler and an emulator for its code; without them scripts/test_native.sh says what it leaves out.
+if ! command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || ! command -v qemu-aarch64-static >/dev/null 2>&1; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        echo "installing a compiler and an emulator for 64-bit Arm ..."
+        (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            g++-aarch64-linux-gnu qemu-user-static) >/dev/null 2>&1 || echo "they could not be installed"
+    fi
+fi
+
 run=.venv/bin
 $run/ruff check .
 $run/ruff format --check .

@@ -15,10 +15,9 @@ headers=$(scripts/fetch_headers.sh)
 mapfile -t options <<<"$headers"
 options+=(-G Ninja -DVQ_TESTS=ON "-DVQ_CUDA_ARCHITECTURES=$architecture" "-DVQ_PYTHON=$PWD/.venv/bin/python")
 
-native_tests() {
+compiled() {
     local folder=build/native-$1
     shift
-    echo "native tests in $folder ..."
     mkdir -p "$folder"
     {
         cmake -S plugins -B "$folder" "${options[@]}" "$@" && cmake --build "$folder"
@@ -26,6 +25,12 @@ native_tests() {
         tail -n 40 "$folder/log.txt"
         exit 1
     }
+}
+
+native_tests() {
+    local folder=build/native-$1
+    echo "native tests in $folder ..."
+    compiled "$@"
     ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 300
 }
 
@@ -33,3 +38,26 @@ native_tests plain -DVQ_SANITIZE=OFF
 # -O1 keeps stacks readable; the CUDA runtime maps memory where AddressSanitizer wants a gap.
 export ASAN_OPTIONS=protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1
 native_tests sanitized -DVQ_SANITIZE=ON -DCMAKE_CXX_FLAGS_RELEASE=-O1
+
+# 64-bit Arm, for Jetson: everything is compiled, the CPU kernels run in an emulator. CUDA's libraries for Arm are not here,
+# so what needs them is not linked.
+arm_tests() {
+    local emulator=()
+    if command -v qemu-aarch64-static >/dev/null 2>&1; then
+        emulator=("-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static;-L;/usr/aarch64-linux-gnu")
+    fi
+    echo "native tests in build/native-aarch64 ..."
+    compiled aarch64 "-DCMAKE_TOOLCHAIN_FILE=$PWD/plugins/cmake/aarch64-linux-gnu.cmake" -DVQ_CUDA=OFF -DVQ_PYTHON= \
+        "-DVQ_HOST_OBJECTS=$(command -v nvcc >/dev/null 2>&1 && echo ON || echo OFF)" "${emulator[@]}"
+    if [ ${#emulator[@]} = 0 ]; then
+        echo "no qemu-aarch64-static found; the Arm kernels are compiled and not run"
+        return
+    fi
+    ctest --test-dir build/native-aarch64 --output-on-failure --no-tests=error --timeout 900 -j 2 -R '^cpu_'
+}
+
+if command -v aarch64-linux-gnu-g++ >/dev/null 2>&1; then
+    arm_tests
+else
+    echo "no aarch64-linux-gnu-g++ found; nothing is compiled for Arm"
+fi

@@ -1,6 +1,7 @@
 #include "cpu/bucket_draw.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace vq::cpu {
 
@@ -14,17 +15,22 @@ void BucketDraw::Row(const float* scores, double uniform, int64_t* id, float* lo
     const auto [bucket, total] = Choose(buckets_.Count(), uniform);
 
     const int64_t begin = buckets_.start[bucket.index], size = buckets_.Size(bucket.index);
-    double logit = scores[bucket.index];
+    const double wide = scale_;
+    // As Choose saw the bucket: rounded otherwise, it would be off by more than all there is at small temperatures.
+    const float weighed = scores[bucket.index] + masses_[bucket.index];
+    double log = (static_cast<double>(weighed) - total.peak) * wide - std::log(total.sum);
     int64_t within;
     if (buckets_.bias.empty()) {
         within = std::min(static_cast<int64_t>(bucket.share * static_cast<double>(size)), size - 1);
+        log -= std::log(static_cast<double>(size));
     } else {
         numbers_.assign(buckets_.bias.begin() + begin, buckets_.bias.begin() + begin + size);
-        within = Choose(size, bucket.share).drawn.index;
-        logit += buckets_.bias[begin + within];
+        const auto [token, inside] = Choose(size, bucket.share);
+        within = token.index;
+        log += (static_cast<double>(buckets_.bias[begin + within]) - inside.peak) * wide - std::log(inside.sum);
     }
     *id = buckets_.tokens[begin + within];
-    *logprob = static_cast<float>((logit - total.peak) * static_cast<double>(scale_) - std::log(total.sum));
+    *logprob = static_cast<float>(log);
 }
 
 BucketDraw::Choice BucketDraw::Choose(int64_t count, double uniform) {

@@ -87,11 +87,15 @@ struct Sample::Job {
         alignas(64) float logits[kBlock], weights[kBlock];
         stream.Sums(row, block.index, logits);
         std::copy(logits, logits + kBlock, weights);
-        const Mass mass = MassOf(packed.kernels->decode, weights, kBlock, scale);
+        // These sums may be rounded otherwise than the first time. What that is, times the inverse of a small
+        // temperature, must not come between this block's peak and that of all.
+        Mass mass = MassOf(packed.kernels->decode, weights, kBlock, scale);
+        const double own = mass.peak, wide = scale;
+        mass.peak = masses[block.index].peak;
         const int64_t within = DrawFrom(weights, kBlock, mass, total, scale, block.share).index;
         ids[at] = block.index * kBlock + within;
-        logprob[at] = static_cast<float>(
-            (static_cast<double>(logits[within]) - total.peak) * static_cast<double>(scale) - std::log(total.sum));
+        logprob[at] = static_cast<float>((static_cast<double>(logits[within]) - own) * wide +
+                                         (mass.peak - total.peak) * wide - std::log(total.sum));
     }
 };
 
