@@ -67,9 +67,6 @@ void NarrowAvx2(const float* in, Type type, int64_t count, void* out) {
 //     one_row_fixed         0.09   0.13   0.20   0.34   0.63
 //     scan                  0.03   0.05   0.07   0.12   0.23
 //     eight_rows, a row     0.06   0.06   0.06   0.06   0.09
-//
-// Refining a group costs as much as scanning it: there, and with 256 codes, a scan pays for rows that need a fifth of
-// their groups refined at most.
 constexpr int64_t kMaxFixedCodes = 64, kMaxScanCodes = 256, kMaxScanCodesOfMany = 64;
 
 }  // namespace
@@ -78,7 +75,7 @@ const Kernels& Avx2Kernels() {
     static constexpr Kernels kKernels{
         OneRow,         EightRows,     Interleave,          WidenAvx2,           NarrowAvx2,        kDecode,
         kMaxFixedCodes, kMaxScanCodes, kMaxScanCodesOfMany, avx2::ToDifferences, avx2::OneRowFixed, avx2::Scan,
-        avx2::Refine,   avx2::Weigh};
+        avx2::Weigh};
     return kKernels;
 }
 

@@ -111,8 +111,8 @@ struct Sums {
 };
 
 // Adds kBooks codebooks from the one at `first` on, of those in `which` (null: of all).
-template <int kParts, int kBooks, int kCount>
-void AddBooks(const uint8_t* plane, const uint8_t* const* ids, const int16_t* which, int64_t first, Sums* sums) {
+template <int kParts, int kBooks>
+void AddBooks(const uint8_t* plane, const Block& block, const int16_t* which, int64_t first, Sums* sums) {
     __m256i part[kBooks][kParts];
     int64_t offsets[kBooks];
     for (int b = 0; b < kBooks; ++b) {
@@ -123,17 +123,15 @@ void AddBooks(const uint8_t* plane, const uint8_t* const* ids, const int16_t* wh
             part[b][p] = _mm256_broadcastsi128_si256(_mm_loadu_si128(entries));
         }
     }
-    for (int g = 0; g < kCount; ++g) {
+    const int64_t stride = block.num_codebooks * kGroup;
+    const auto* ids = static_cast<const uint8_t*>(block.codes);
+    for (int64_t g = 0; g < kGroups; ++g, ids += stride) {
         Sums first = sums[2 * g], second = sums[2 * g + 1];
 #pragma GCC unroll 8
         for (int b = 0; b < kBooks; ++b) {
-            const uint8_t* codes = ids[g] + offsets[b];
+            const uint8_t* codes = ids + offsets[b];
             // What comes next lies far away, and hardware prefetching starts anew at every page.
-            if constexpr (kCount == kGroups) {
-                _mm_prefetch(reinterpret_cast<const char*>(codes + (ids[1] - ids[0]) * kGroups), _MM_HINT_T1);
-            } else {
-                _mm_prefetch(reinterpret_cast<const char*>(ids[kCount + g] + offsets[b]), _MM_HINT_T0);
-            }
+            _mm_prefetch(reinterpret_cast<const char*>(codes + kGroups * stride), _MM_HINT_T1);
             const Group found = LookUp<kParts>(part[b], {Load(codes), Load(codes + 32)});
             first.Add(found.first);
             second.Add(found.second);
@@ -143,34 +141,27 @@ void AddBooks(const uint8_t* plane, const uint8_t* const* ids, const int16_t* wh
     }
 }
 
-// One plane's sums over `count` codebooks, `which` of them (null: all), for kCount groups of tokens: uint16 [kCount,
-// kGroup]. ids: each group's of the first codebook.
-template <int kParts, int kCount>
-void SumPlane(const uint8_t* plane, const uint8_t* const* ids, const int16_t* which, int64_t count, uint16_t* out) {
+// The sums of a block's plane, uint16 [kBlock]: over all codebooks, or for the last plane those that are wide.
+template <int kParts>
+void SumPlane(const FixedPoint& fixed, const Block& block, int64_t plane, uint16_t* out) {
     constexpr int kBooks = kParts < kPartsAtOnce ? kPartsAtOnce / kParts : 1;
-    Sums sums[2 * kCount]{};
+    const bool last = plane + 1 == FixedPoint::kPlanes;
+    const int16_t* which = last ? fixed.wide : nullptr;
+    const int64_t count = last ? fixed.num_wide : block.num_codebooks;
+    const uint8_t* tables = fixed.planes + plane * block.num_codebooks * kTable;
+    Sums sums[2 * kGroups]{};
     int64_t i = 0;
-    for (; i + kBooks <= count; i += kBooks) AddBooks<kParts, kBooks, kCount>(plane, ids, which, i, sums);
-    for (; i < count; ++i) AddBooks<kParts, 1, kCount>(plane, ids, which, i, sums);
-    for (int64_t v = 0; v < 2 * kCount; ++v) sums[v].Write(out + 32 * v);
+    for (; i + kBooks <= count; i += kBooks) AddBooks<kParts, kBooks>(tables, block, which, i, sums);
+    for (; i < count; ++i) AddBooks<kParts, 1>(tables, block, which, i, sums);
+    for (int64_t v = 0; v < 2 * kGroups; ++v) sums[v].Write(out + 32 * v);
 }
 
 // The kernels for tables of kParts parts.
 template <int kParts>
 struct InParts {
-    // The sums of a block's plane: all codebooks, or for the last plane those that are wide.
-    static void SumBlock(const FixedPoint& fixed, const Block& block, int64_t plane, uint16_t* out) {
-        const uint8_t* ids[kGroups];
-        const int64_t stride = block.num_codebooks * kGroup;
-        for (int64_t g = 0; g < kGroups; ++g) ids[g] = static_cast<const uint8_t*>(block.codes) + g * stride;
-        const bool last = plane + 1 == FixedPoint::kPlanes;
-        SumPlane<kParts, kGroups>(fixed.planes + plane * block.num_codebooks * kTable, ids, last ? fixed.wide : nullptr,
-                                  last ? fixed.num_wide : block.num_codebooks, out);
-    }
-
     static void OneRowFixed(const FixedPoint& fixed, const Block& block, float* out) {
         uint16_t sums[FixedPoint::kPlanes][kBlock];
-        for (int64_t p = 0; p < FixedPoint::kPlanes; ++p) SumBlock(fixed, block, p, sums[p]);
+        for (int64_t p = 0; p < FixedPoint::kPlanes; ++p) SumPlane<kParts>(fixed, block, p, sums[p]);
         for (int64_t t = 0; t < kBlock; ++t) {
             const int32_t steps = sums[2][t] + (sums[3][t] << 8) - fixed.middle, rest = sums[0][t] + (sums[1][t] << 8);
             const float units = static_cast<float>(rest) * fixed.unit + fixed.offset;
@@ -181,26 +172,14 @@ struct InParts {
 
     static void Scan(const FixedPoint& fixed, const Block& block, float* out) {
         uint16_t upper[kBlock], wide[kBlock];
-        SumBlock(fixed, block, 2, upper);
-        SumBlock(fixed, block, 3, wide);
+        SumPlane<kParts>(fixed, block, 2, upper);
+        SumPlane<kParts>(fixed, block, 3, wide);
         const float offset = fixed.offset + fixed.rest;
         for (int64_t t = 0; t < kBlock; ++t) {
             const int32_t steps = upper[t] + (wide[t] << 8) - fixed.middle;
             out[t] = static_cast<float>(steps) * fixed.step + offset;
         }
         AddBias(block.bias, out);
-    }
-
-    static void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes,
-                       float* const* sums) {
-        uint16_t found[kRefined][kGroup];
-        SumPlane<kParts, kRefined>(fixed.planes + num_codebooks * kTable, codes, nullptr, num_codebooks, found[0]);
-        const float unit = 256.0f * fixed.unit;
-        for (int64_t i = 0; i < kRefined; ++i) {
-            for (int64_t t = 0; t < kGroup; ++t) {
-                sums[i][t] += static_cast<float>(found[i][t]) * unit - fixed.upper_rest;
-            }
-        }
     }
 
     static void AddBias(const float* bias, float* out) {
@@ -250,24 +229,15 @@ void Scan(const FixedPoint& fixed, const Block& block, float* sums) {
     WithParts(fixed.num_codes, [&](auto kernels) { kernels.Scan(fixed, block, sums); });
 }
 
-void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes, float* const* sums) {
-    WithParts(fixed.num_codes, [&](auto kernels) { kernels.Refine(fixed, num_codebooks, codes, sums); });
-}
-
-void Weigh(const float* x, int64_t groups, float peak, float* masses, float* squares) {
+float Weigh(const float* x, int64_t count, float peak) {
     const __m256 top = _mm256_set1_ps(peak);
-    for (int64_t g = 0; g < groups; ++g) {
-        __m256 mass[2]{}, square[2]{};
-        for (int64_t i = 0; i < kGroup; i += 16) {
-            for (int half = 0; half < 2; ++half) {
-                const __m256 part = Exponential(_mm256_loadu_ps(x + g * kGroup + i + 8 * half), top);
-                mass[half] = _mm256_add_ps(mass[half], part);
-                square[half] = _mm256_fmadd_ps(part, part, square[half]);
-            }
+    __m256 mass[2]{};
+    for (int64_t i = 0; i < count; i += 16) {
+        for (int half = 0; half < 2; ++half) {
+            mass[half] = _mm256_add_ps(mass[half], Exponential(_mm256_loadu_ps(x + i + 8 * half), top));
         }
-        masses[g] = Sum(reinterpret_cast<const Lanes&>(mass));
-        squares[g] = Sum(reinterpret_cast<const Lanes&>(square));
     }
+    return Sum(reinterpret_cast<const Lanes&>(mass));
 }
 
 }  // namespace vq::cpu::avx2

@@ -11,7 +11,6 @@ bool ToDifferences(const float* tables, const float* shares, int64_t num_codeboo
                    FixedPoint* fixed);
 void OneRowFixed(const FixedPoint& fixed, const Block& block, float* sums);
 void Scan(const FixedPoint& fixed, const Block& block, float* sums);
-void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes, float* const* sums);
-void Weigh(const float* x, int64_t groups, float peak, float* masses, float* squares);
+float Weigh(const float* x, int64_t count, float peak);
 
 }  // namespace vq::cpu::avx2

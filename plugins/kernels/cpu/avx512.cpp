@@ -83,6 +83,30 @@ void OneRow(const float* tables, const Block& block, float* sums) {
     }
 }
 
+int64_t SelectPacked(const float* x, int64_t count, float least, int32_t* picks) {
+    const __m512 border = _mm512_set1_ps(least);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    int64_t found = 0, i = 0;
+    for (; i + 64 <= count; i += 64) {
+        __mmask16 some[4];
+        for (int part = 0; part < 4; ++part) {
+            some[part] = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + i + 16 * part), border, _CMP_GE_OQ);
+        }
+        if ((some[0] | some[1] | some[2] | some[3]) == 0) continue;
+        for (int part = 0; part < 4; ++part) {
+            const __m512i ids = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(i) + 16 * part));
+            // All sixteen places: there is room for them, and what is behind the picks is overwritten.
+            _mm512_storeu_si512(picks + found, _mm512_maskz_compress_epi32(some[part], ids));
+            found += __builtin_popcount(some[part]);
+        }
+    }
+    for (; i < count; ++i) {
+        picks[found] = static_cast<int32_t>(i);
+        found += x[i] >= least;
+    }
+    return found;
+}
+
 }  // namespace
 
 // Whoever has AVX-512 has AVX2, and its conversions of halves and its fixed point serve here too; but with 256 codes a
@@ -94,6 +118,7 @@ const Kernels& Avx512Kernels() {
         all.eight_rows = EightRows;
         all.interleave = Interleave;
         all.decode = kDecode;
+        all.decode.select = SelectPacked;
         all.max_scan_codes = 128;
         return all;
     }();

@@ -125,35 +125,6 @@ void Scan(const FixedPoint& fixed, const Block& block, float* out) {
     AddBias(block.bias, out);
 }
 
-void Refine(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes, float* const* sums) {
-    const uint8_t* plane = fixed.planes + num_codebooks * kTable;
-    __m512i words[kRefined], odds[kRefined];
-    for (int64_t i = 0; i < kRefined; ++i) words[i] = odds[i] = _mm512_setzero_si512();
-    for (int64_t m = 0; m < num_codebooks; ++m) {
-        const Table table(plane + m * kTable);
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < kRefined; ++i) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes[kRefined + i] + m * kGroup), _MM_HINT_T0);
-            const __m512i found = table.LookUp(_mm512_loadu_si512(codes[i] + m * kGroup));
-            words[i] = _mm512_add_epi16(words[i], found);
-            odds[i] = _mm512_add_epi16(odds[i], _mm512_srli_epi16(found, 8));
-        }
-    }
-    const __m512 unit = _mm512_set1_ps(256.0f * fixed.unit), mean = _mm512_set1_ps(fixed.upper_rest);
-    for (int64_t i = 0; i < kRefined; ++i) {
-        const __m512i evens = _mm512_sub_epi16(words[i], _mm512_slli_epi16(odds[i], 8));
-        for (int half = 0; half < 2; ++half) {
-            float rest[32];
-            Weave(_mm512_fmsub_ps(_mm512_cvtepi32_ps(Half(evens, half)), unit, mean),
-                  _mm512_fmsub_ps(_mm512_cvtepi32_ps(Half(odds[i], half)), unit, mean), rest);
-            for (int64_t t = 0; t < 32; t += 16) {
-                float* out = sums[i] + 32 * half + t;
-                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(rest + t), _mm512_loadu_ps(out)));
-            }
-        }
-    }
-}
-
 // exp(x - peak) for x - peak from -infinity to 1: 2^n 2^f with n whole. Not shared with AVX2, which lacks vscalefps:
 // the common form took a fifth more time.
 __m512 Exponential(__m512 x, __m512 peak) {
@@ -166,18 +137,13 @@ __m512 Exponential(__m512 x, __m512 peak) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-void Weigh(const float* x, int64_t groups, float peak, float* masses, float* squares) {
+float Weigh(const float* x, int64_t count, float peak) {
     const __m512 top = _mm512_set1_ps(peak);
-    for (int64_t g = 0; g < groups; ++g) {
-        __m512 mass = _mm512_setzero_ps(), square = _mm512_setzero_ps();
-        for (int64_t i = 0; i < kGroup; i += 16) {
-            const __m512 part = Exponential(_mm512_loadu_ps(x + g * kGroup + i), top);
-            mass = _mm512_add_ps(mass, part);
-            square = _mm512_fmadd_ps(part, part, square);
-        }
-        masses[g] = _mm512_reduce_add_ps(mass);
-        squares[g] = _mm512_reduce_add_ps(square);
+    __m512 mass = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16) {
+        mass = _mm512_add_ps(mass, Exponential(_mm512_loadu_ps(x + i), top));
     }
+    return _mm512_reduce_add_ps(mass);
 }
 
 }  // namespace
@@ -189,7 +155,6 @@ const Kernels& Avx512VbmiKernels() {
         all.to_fixed_point = ToFixedPoint;
         all.one_row_fixed = OneRowFixed;
         all.scan = Scan;
-        all.refine = Refine;
         all.weigh = Weigh;
         return all;
     }();

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <limits>
 
+#include "cpu/mass.h"
 #include "cpu/row_tables.h"
 
 namespace vq::cpu {
@@ -14,34 +16,50 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Below this, passing over all tokens in full is as quick.
 constexpr int64_t kMinVocabulary = 4096;
-// Of the normaliser: what four standard deviations of that which is left out may come to.
-constexpr double kTolerance = 1.0 / 4096.0;
-// A token with this share is summed in full: of a few of them, the byte that refining leaves out would still show.
-constexpr double kMost = 1.0 / 256.0;
-// Of a token, which what refining leaves out must not show in: a 256th of that, in tokens that have less than kMost.
-constexpr double kMaxDeviation = 256.0 * kTolerance / 4.0 / 0x1p-4;
+// Of the normaliser: what four standard deviations of that which is left out may come to; the unit roundoff of float16.
+constexpr double kTolerance = 1.0 / 2048.0;
+// Of a token: beyond it, leaving anything as it is would show, and the mean of exponentials is no longer that of a
+// parabola.
+constexpr double kMaxDeviation = 0.25;
+// Of the tokens: if more than one in so many must be summed in float32, passing over all of them in full is as quick.
+constexpr int64_t kMostPicked = 8;
 constexpr int64_t kPartsOfASum = 4;
+// Floats of the scores that stay in the first cache while tokens pass by.
+constexpr int64_t kScoresAtOnce = 8192;
+// What summing a token by itself costs, in look-ups of a full pass.
+constexpr int64_t kCostOfOne = 8;
+// How many tokens ahead memory is asked for.
+constexpr int64_t kTokensAhead = 8;
 
-// A bound such that leaving all groups of lesser squares as they are is within `variance`: of groups whose squares have
-// the same half octave, all or none. own, common: of what is left out, the variances of a token's and of what all
-// share.
-float LargestBound(const std::vector<float>& squares, const std::vector<float>& masses, double own, double common,
-                   double variance) {
-    constexpr int kShift = 22;  // a sign, the exponent, one bit more
+double Squared(double x) { return x * x; }
+
+// What is left out of the normaliser if tokens stay as they are: own, common are the variances, of a token, of what it
+// alone and what all share.
+struct Leftover {
+    double own, common;
+    double squares, mass;  // of the tokens: the sums of exp(x - peak) squared and as it is
+
+    double Variance() const { return own * squares + common * mass * mass; }
+};
+
+// A bound such that leaving also all tokens whose shares are below it is within `variance`; of tokens whose shares have
+// the same quarter octave, all or none. Negative where even none is too much.
+float LargestBound(Leftover left, const std::vector<float>& shares, double variance) {
+    constexpr int kShift = 21;  // a sign, the exponent, two bits more
+    if (left.Variance() > variance) return -1.0f;
     struct {
         float squares, mass;
-    } sums[1 << (32 - kShift)] = {};
-    for (size_t g = 0; g < squares.size(); ++g) {
+    } sums[1 << (31 - kShift)] = {};
+    for (const float share : shares) {
         uint32_t bits;
-        std::memcpy(&bits, &squares[g], sizeof bits);
-        sums[bits >> kShift].squares += squares[g];
-        sums[bits >> kShift].mass += masses[g];
+        std::memcpy(&bits, &share, sizeof bits);
+        sums[bits >> kShift].squares += share * share;
+        sums[bits >> kShift].mass += share;
     }
-    double square = 0.0, mass = 0.0;
     for (uint32_t i = 0; i < std::size(sums); ++i) {
-        square += static_cast<double>(sums[i].squares);
-        mass += static_cast<double>(sums[i].mass);
-        if (own * square + common * mass * mass <= variance) continue;
+        left.squares += static_cast<double>(sums[i].squares);
+        left.mass += static_cast<double>(sums[i].mass);
+        if (left.Variance() <= variance) continue;
         const uint32_t bits = i << kShift;
         float bound;
         std::memcpy(&bound, &bits, sizeof bound);
@@ -50,12 +68,28 @@ float LargestBound(const std::vector<float>& squares, const std::vector<float>& 
     return kInfinity;
 }
 
+// scores [count, num_codes] -> the sum of those that ids [count] choose.
+float SumOf(const float* scores, int64_t num_codes, const uint8_t* ids, int64_t count) {
+    // Several sums at once: one alone would wait for every addition.
+    float sums[kPartsOfASum] = {};
+    int64_t m = 0;
+    for (; m + kPartsOfASum <= count; m += kPartsOfASum) {
+        for (int64_t i = 0; i < kPartsOfASum; ++i) sums[i] += scores[(m + i) * num_codes + ids[m + i]];
+    }
+    for (; m < count; ++m) sums[0] += scores[m * num_codes + ids[m]];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 }  // namespace
+
+bool FastScan::Has(const PackedCodes& codes, const Kernels& kernels) {
+    return kernels.scan != nullptr && codes.code_bits == 8 && codes.num_codebooks >= kMinFixedCodebooks &&
+           codes.num_codebooks <= kMaxFixedCodebooks && codes.vocab_size >= kMinVocabulary && codes.numbers;
+}
 
 bool FastScan::Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t rows) {
     return num_codes <= (rows < kMinRowsTogether ? kernels.max_scan_codes : kernels.max_scan_codes_of_many) &&
-           codes.code_bits == 8 && codes.num_codebooks >= kMinFixedCodebooks &&
-           codes.num_codebooks <= kMaxFixedCodebooks && codes.vocab_size >= kMinVocabulary && codes.numbers;
+           Has(codes, kernels);
 }
 
 FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t k,
@@ -68,13 +102,10 @@ FastScan::FastScan(const PackedCodes& codes, const Kernels& kernels, int64_t num
       threads_(threads),
       groups_(codes.blocks * (kBlock / kGroup)),
       s_(scratch) {
-    const auto groups = static_cast<size_t>(groups_);
     s_.planes.resize(static_cast<size_t>(FixedPoint::kPlanes * codes.num_codebooks * kTable));
     s_.sums.resize(static_cast<size_t>(codes.blocks * kBlock));
-    s_.peaks.resize(groups);
-    s_.masses.resize(groups);
-    s_.squares.resize(groups);
-    s_.refined.resize(groups);
+    s_.peaks.resize(static_cast<size_t>(groups_));
+    s_.found.resize(static_cast<size_t>(codes.vocab_size));
     fixed_.planes = s_.planes.data();
 }
 
@@ -86,15 +117,19 @@ bool FastScan::Row(const float* scores, float* values, int64_t* ids, float* logs
     peak_ = *std::max_element(s_.peaks.begin(), s_.peaks.end());
     if (!(std::abs(peak_) < kInfinity)) return false;
     // The roundings of float32, of which there are fewer than eight.
-    const float rounding = 0x1p-21f * (std::abs(fixed_.offset) + std::abs(peak_) + fixed_.step * static_cast<float>(m));
-    error_ = fixed_.error + rounding;
-    fine_error_ = 256.0f * fixed_.unit * static_cast<float>(m) + rounding;
-    RefineWhatWeighs();
-    SumWhatWeighsMost(scores);
+    error_ =
+        fixed_.error + 0x1p-21f * (std::abs(fixed_.offset) + std::abs(peak_) + fixed_.step * static_cast<float>(m));
+    const double mass = MassOfAll();
+    if (!Pick(mass)) return false;
+    SumPicked(scores);
     Candidates best(k_);
-    PickBest(scores, best);
+    for (size_t i = 0; i < s_.picks.size(); ++i) {
+        if (s_.exact[i] >= best.Reach()) best.Offer(s_.exact[i], s_.picks[i]);
+    }
     best.Finish(values, ids);
-    *logsumexp = static_cast<float>(static_cast<double>(peak_) + std::log(Total()));
+    const Mass masses[]{{static_cast<double>(peak_), LeftOut(mass)},
+                        MassOf(kernels_.decode, s_.exact.data(), static_cast<int64_t>(s_.exact.size()), 1.0f)};
+    *logsumexp = static_cast<float>(Total(masses, std::size(masses), 1.0).Log(1.0));
     return true;
 }
 
@@ -111,127 +146,93 @@ void FastScan::ScanAll() {
             }
         }
     });
-    std::fill(s_.refined.begin(), s_.refined.end(), uint8_t{0});
 }
 
-void FastScan::RefineWhatWeighs() {
-    kernels_.weigh(s_.sums.data(), groups_, peak_, s_.masses.data(), s_.squares.data());
-    const auto squared = [](double x) { return x * x; };
-    const float bound =
-        LargestBound(s_.squares, s_.masses, squared(static_cast<double>(fixed_.deviation)),
-                     squared(static_cast<double>(fixed_.common_deviation)), squared(kTolerance * Total() / 4.0));
-    s_.heavy.clear();
-    for (int64_t g = 0; g < groups_; ++g) {
-        if (s_.squares[static_cast<size_t>(g)] >= bound) s_.heavy.push_back(g);
+// The sum of exp(x - peak).
+double FastScan::MassOfAll() const {
+    double mass = 0.0;
+    for (int64_t b = 0; b < codes_.blocks; ++b) {
+        mass += static_cast<double>(kernels_.weigh(Sums(b * (kBlock / kGroup)), kBlock, peak_));
     }
-    Refine(s_.heavy);
+    return mass;
 }
 
-void FastScan::SumWhatWeighsMost(const float* scores) {
-    const float least = peak_ + static_cast<float>(std::log(kMost * Total()));
-    int32_t picks[kGroup];
-    for (int64_t g = 0; g < groups_; ++g) {
-        if (s_.peaks[static_cast<size_t>(g)] < least) continue;
-        const int64_t found = kernels_.decode.select(Sums(g), kGroup, least, picks);
-        for (int64_t t = 0; t < found; ++t) Sums(g)[picks[t]] = Exact(scores, g * kGroup + picks[t]);
-        Judge(g);
+// ... of those that stay as they are, of which the mean of the exponentials is raised by half the square of the
+// deviation.
+double FastScan::LeftOut(double mass) const {
+    double picked = 0.0;
+    for (const float share : s_.shares) picked += static_cast<double>(share);
+    return std::max(mass - picked, 0.0) * (1.0 + 0.5 * Squared(static_cast<double>(fixed_.deviation)));
+}
+
+// Chooses tokens: those that may be among the k best, and those that the normaliser needs. False if there are too many,
+// or all of them would not be enough.
+bool FastScan::Pick(double mass) {
+    const double own = Squared(static_cast<double>(fixed_.deviation));
+    const double variance = Squared(kTolerance * mass / 4.0);
+    // If all tokens had so large a share, leaving them would be a quarter of what is allowed.
+    const double square = variance / 4.0 / std::max(own * static_cast<double>(codes_.vocab_size), 0x1p-1000);
+    // k groups have a token of that much each, so the k-th best token has it too.
+    const float sure = KthLargest(s_.peaks, -kInfinity) - 2.0f * error_;
+    Collect(std::min(sure, peak_ + 0.5f * static_cast<float>(std::log(square))));
+    const float surer = KthLargest(s_.rough, sure) - 2.0f * error_;
+    s_.shares = s_.rough;
+    const auto count = static_cast<int64_t>(s_.shares.size());
+    const auto share = static_cast<double>(kernels_.decode.exponentials(s_.shares.data(), count, peak_, 1.0f));
+    const Leftover others{own, Squared(static_cast<double>(fixed_.common_deviation)),
+                          square * static_cast<double>(codes_.vocab_size), mass - share};
+    const float bound = LargestBound(others, s_.shares, variance);
+    if (bound < 0.0f) return false;
+    size_t picked = 0;
+    for (size_t i = 0; i < s_.picks.size(); ++i) {
+        if (s_.shares[i] < bound && s_.rough[i] < surer) continue;
+        s_.picks[picked] = s_.picks[i];
+        s_.shares[picked++] = s_.shares[i];
     }
+    s_.picks.resize(picked);
+    s_.shares.resize(picked);
+    return static_cast<int64_t>(picked) * kMostPicked <= codes_.vocab_size;
 }
 
-void FastScan::Refine(const std::vector<int64_t>& groups) {
-    const auto count = static_cast<int64_t>(groups.size());
-    const int64_t tiles = (count + kRefined - 1) / kRefined;
-    if (tiles == 0) return;
-    const int64_t parts = PartsFor(tiles, count * kGroup * codes_.num_codebooks, threads_);
-    ForParts(tiles, parts, parallel_, [&](int64_t begin, int64_t end, int64_t) {
-        for (int64_t first = begin * kRefined; first < std::min(count, end * kRefined); first += kRefined) {
-            const uint8_t* ids[2 * kRefined];
-            float* sums[kRefined];
-            float nobody[kGroup] = {};
-            for (int64_t i = 0; i < 2 * kRefined; ++i) {
-                ids[i] = Ids(groups[static_cast<size_t>(std::min(first + i, count - 1))]);
-            }
-            for (int64_t i = 0; i < kRefined; ++i) {
-                sums[i] = first + i < count ? Sums(groups[static_cast<size_t>(first + i)]) : nobody;
-            }
-            kernels_.refine(fixed_, codes_.num_codebooks, ids, sums);
-            for (int64_t i = first; i < std::min(count, first + kRefined); ++i) {
-                const int64_t group = groups[static_cast<size_t>(i)];
-                s_.refined[static_cast<size_t>(group)] = 1;
-                Judge(group);
+// All tokens whose sums are `least` or more, by rising id.
+void FastScan::Collect(float least) {
+    const int64_t found = kernels_.decode.select(s_.sums.data(), codes_.vocab_size, least, s_.found.data());
+    s_.picks.assign(s_.found.begin(), s_.found.begin() + found);
+    s_.rough.resize(s_.picks.size());
+    for (size_t i = 0; i < s_.picks.size(); ++i) s_.rough[i] = s_.sums[static_cast<size_t>(s_.picks[i])];
+}
+
+// Codebook by codebook, as many as the first cache holds the scores of.
+void FastScan::SumPicked(const float* scores) {
+    s_.exact.resize(s_.picks.size());
+    const auto count = static_cast<int64_t>(s_.picks.size());
+    const int64_t m_count = codes_.num_codebooks, together = std::max(kScoresAtOnce / num_codes_, kPartsOfASum);
+    const int64_t parts = PartsFor(count, count * kCostOfOne * m_count, threads_);
+    ForParts(count, parts, parallel_, [&](int64_t begin, int64_t end, int64_t) {
+        for (int64_t i = begin; i < end; ++i) {
+            s_.exact[static_cast<size_t>(i)] =
+                codes_.bias.empty() ? 0.0f : codes_.bias[static_cast<size_t>(s_.picks[static_cast<size_t>(i)])];
+        }
+        for (int64_t m = 0; m < m_count; m += together) {
+            const int64_t books = std::min(together, m_count - m);
+            for (int64_t i = begin; i < end; ++i) {
+                const auto at = static_cast<size_t>(i);
+                if (i + kTokensAhead < end) codes_.PrefetchToken(s_.picks[at + kTokensAhead], m, books);
+                s_.exact[at] += SumOf(scores + m * num_codes_, num_codes_,
+                                      codes_.by_token.data() + s_.picks[at] * m_count + m, books);
             }
         }
     });
 }
 
-void FastScan::PickBest(const float* scores, Candidates& best) {
-    s_.lows.resize(static_cast<size_t>(groups_));
-    for (int64_t g = 0; g < groups_; ++g) {
-        s_.lows[static_cast<size_t>(g)] = s_.peaks[static_cast<size_t>(g)] - Error(g);
-    }
-    // k groups have a token of that much each, so the k-th best token has it too.
-    const float sure = KthLow();
-    int32_t picks[kGroup];
-    s_.tokens.clear();
-    s_.lows.clear();
-    for (int64_t g = 0; g < groups_; ++g) {
-        const float least = sure - Error(g);
-        if (s_.peaks[static_cast<size_t>(g)] < least) continue;
-        const int64_t found = kernels_.decode.select(Sums(g), kGroup, least, picks);
-        for (int64_t i = 0; i < found; ++i) {
-            const int64_t token = g * kGroup + picks[i];
-            if (token >= codes_.vocab_size) break;
-            s_.tokens.push_back(token);
-            s_.lows.push_back(s_.sums[static_cast<size_t>(token)] - Error(g));
-        }
-    }
-    const float surer = KthLow();
-    for (const int64_t token : s_.tokens) {
-        if (s_.sums[static_cast<size_t>(token)] + Error(token / kGroup) < surer) continue;
-        const float value = Exact(scores, token);
-        if (value >= best.Reach()) best.Offer(value, token);
-    }
-}
-
-// Peak, mass and squares of a group whose sums have changed.
-void FastScan::Judge(int64_t group) {
-    const auto i = static_cast<size_t>(group);
-    s_.peaks[i] = kernels_.decode.largest(Sums(group), kGroup);
-    kernels_.weigh(Sums(group), 1, peak_, &s_.masses[i], &s_.squares[i]);
-}
-
-// Of exp(x - peak) over all tokens. An error of that deviation raises the mean of its exponential by half its square.
-double FastScan::Total() const {
-    const double deviation = static_cast<double>(fixed_.deviation);
-    double refined = 0.0, others = 0.0;
-    for (size_t g = 0; g < s_.masses.size(); ++g) {
-        (s_.refined[g] != 0 ? refined : others) += static_cast<double>(s_.masses[g]);
-    }
-    return refined + others * (1.0 + 0.5 * deviation * deviation);
-}
-
-// The k-th largest of `lows`, whose order is lost; -infinity where there are fewer.
-float FastScan::KthLow() {
-    if (static_cast<int64_t>(s_.lows.size()) < k_) return -kInfinity;
-    const auto kth = s_.lows.begin() + (k_ - 1);
-    std::nth_element(s_.lows.begin(), kth, s_.lows.end(), std::greater<>());
+// Of those that are `least` or more; -infinity where there are fewer.
+float FastScan::KthLargest(const std::vector<float>& x, float least) {
+    s_.order.clear();
+    std::copy_if(x.begin(), x.end(), std::back_inserter(s_.order), [&](float value) { return value >= least; });
+    if (static_cast<int64_t>(s_.order.size()) < k_) return -kInfinity;
+    const auto kth = s_.order.begin() + (k_ - 1);
+    std::nth_element(s_.order.begin(), kth, s_.order.end(), std::greater<>());
     return *kth;
-}
-
-float FastScan::Exact(const float* scores, int64_t token) const {
-    const uint8_t* ids = Ids(token / kGroup) + token % kGroup;
-    // Several sums at once: one alone would wait for every addition.
-    float sums[kPartsOfASum] = {codes_.bias.empty() ? 0.0f : codes_.bias[static_cast<size_t>(token)]};
-    int64_t m = 0;
-    for (; m + kPartsOfASum <= codes_.num_codebooks; m += kPartsOfASum) {
-        for (int64_t i = 0; i < kPartsOfASum; ++i) sums[i] += scores[(m + i) * num_codes_ + ids[(m + i) * kGroup]];
-    }
-    for (; m < codes_.num_codebooks; ++m) sums[0] += scores[m * num_codes_ + ids[m * kGroup]];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-const uint8_t* FastScan::Ids(int64_t group) const {
-    return codes_.codes.data() + group * codes_.num_codebooks * kGroup;
 }
 
 }  // namespace vq::cpu

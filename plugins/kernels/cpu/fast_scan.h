@@ -2,8 +2,9 @@
 //
 // All tokens are summed from the upper byte of each score first, in the manner of fast-scan product quantisation. What
 // that leaves out is bounded, so that only tokens that can still be among the k best are summed in float32: values and
-// ids are those of a full pass. The normaliser is a sum over all tokens; groups of tokens that hold much of it get
-// their next byte too, until four standard deviations of what is left out are below 2^-12 of the sum.
+// ids are those of a full pass. The normaliser is a sum over all tokens; those that hold most of it are summed in
+// float32 too, until four standard deviations of what is left out of the others are below 2^-11 of the sum, which is
+// what rounding a probability to float16 does to it.
 #pragma once
 
 #include <cstdint>
@@ -17,20 +18,25 @@ namespace vq::cpu {
 
 class FastScan {
 public:
-    // Whether there is such a path for this head (none where biases are NaN, which would have to show in logsumexp),
-    // and so many rows are not quicker summed in full together.
+    // Whether there is such a path for a head (none where biases are NaN, which would have to show in logsumexp): it
+    // needs PackedCodes::by_token.
+    static bool Has(const PackedCodes& codes, const Kernels& kernels);
+
+    // ... for so many codes, and rows, of which many are quicker summed in full together.
     static bool Serves(const PackedCodes& codes, const Kernels& kernels, int64_t num_codes, int64_t rows);
 
-    // What a call needs, some 4 bytes a token, which stay in the second cache. Calls hand it on to each other: fresh
-    // memory would cost a page fault every 4 KiB.
+    // What a call needs, some 4 to 8 bytes a token, which stay in the second cache. Calls hand it on to each other:
+    // fresh memory would cost a page fault every 4 KiB.
     struct Scratch {
         Bytes planes;
-        std::vector<float> sums;                    // [blocks * kBlock], -infinity behind the last token
-        std::vector<float> peaks, masses, squares;  // [groups]: largest sum x; sums of exp(x - peak) and of its square
-        std::vector<uint8_t> refined;               // [groups]
-        std::vector<int64_t> heavy;                 // groups to refine
-        std::vector<int64_t> tokens;                // those that may be among the k best
-        std::vector<float> lows;                    // what groups or tokens have at least
+        std::vector<float> sums;     // [blocks * kBlock], -infinity behind the last token
+        std::vector<float> peaks;    // [groups]: the largest sum
+        std::vector<int32_t> found;  // [V]: room for picks
+        std::vector<int32_t> picks;  // tokens that are looked at once more, and of each:
+        std::vector<float> rough;    // its sum x
+        std::vector<float> shares;   // exp(x - peak)
+        std::vector<float> exact;    // its sum in float32
+        std::vector<float> order;    // numbers to find the k-th of
     };
 
     // All must outlive this.
@@ -43,18 +49,13 @@ public:
 
 private:
     void ScanAll();
-    void RefineWhatWeighs();
-    void SumWhatWeighsMost(const float* scores);
-    void Refine(const std::vector<int64_t>& groups);
-    void PickBest(const float* scores, Candidates& best);
-    void Judge(int64_t group);
-    double Total() const;
-    float KthLow();
-    float Exact(const float* scores, int64_t token) const;
-    // How far the sums of a group are off at most.
-    float Error(int64_t group) const { return s_.refined[static_cast<size_t>(group)] != 0 ? fine_error_ : error_; }
-    const uint8_t* Ids(int64_t group) const;  // [M, kGroup]
-    float* Sums(int64_t group) { return s_.sums.data() + group * kGroup; }
+    double MassOfAll() const;
+    double LeftOut(double mass) const;
+    bool Pick(double mass);
+    void Collect(float least);
+    void SumPicked(const float* scores);
+    float KthLargest(const std::vector<float>& x, float least);
+    float* Sums(int64_t group) const { return s_.sums.data() + group * kGroup; }
 
     const PackedCodes& codes_;
     const Kernels& kernels_;
@@ -63,7 +64,7 @@ private:
     int64_t threads_, groups_;
     Scratch& s_;
     FixedPoint fixed_;
-    float error_ = 0.0f, fine_error_ = 0.0f, peak_ = 0.0f;
+    float error_ = 0.0f, peak_ = 0.0f;
 };
 
 }  // namespace vq::cpu

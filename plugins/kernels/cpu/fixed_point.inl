@@ -90,9 +90,9 @@ float CoveredSpan(const float* spans, int64_t count) {
 // What the lower bytes of a codebook's integers are. The means are over the tokens: some codes have many of them, and a
 // mean that is a little wrong is wrong for all tokens at once, in every codebook.
 struct LowerBytes {
-    double both, upper;  // the means of two bytes, and of the upper one in units of 256
-    double variance;     // of two bytes about their mean, over the codes: the tokens of rare ones count as well
-    double moved;        // over the codes, squared: how much more of the softmax than of the tokens they have
+    double mean;      // of two bytes
+    double variance;  // of two bytes about their mean, over the codes: the tokens of rare ones count as well
+    double moved;     // over the codes, squared: how much more of the softmax than of the tokens they have
 };
 
 // exp(x) within a sixteenth of it, for x of 0 at most; all that is below 2^-120 is 2^-120. The bits of a float32 are
@@ -109,7 +109,7 @@ inline void Round(const Lanes& x, IntLanes& out);
 // scores [K] -> planes: round((score - low) / unit), byte by byte; plane p of a codebook stands p * stride further on.
 LowerBytes CutPlanes(const float* scores, const float* shares, int64_t count, int64_t readable, Range range,
                      float per_unit, int64_t planes, int64_t stride, uint8_t* out) {
-    Lanes both{}, upper{}, sum{}, squares{}, mass{}, masses{}, mixed{}, tokens{};
+    Lanes both{}, sum{}, squares{}, mass{}, masses{}, mixed{}, tokens{};
     ForLanes(scores, count, readable, range.low, [&](int64_t k, const Lanes& part) {
         IntLanes whole;
         Round((part - range.low) * per_unit, whole);
@@ -118,7 +118,6 @@ LowerBytes CutPlanes(const float* scores, const float* shares, int64_t count, in
         both += share * rest;
         sum += rest;
         squares += rest * rest;
-        upper += share * __builtin_convertvector((whole >> 8) & 0xff, Lanes);
         Lanes softmax;
         RoughExponential(part - range.high, softmax);
         softmax *= share;
@@ -135,7 +134,7 @@ LowerBytes CutPlanes(const float* scores, const float* shares, int64_t count, in
     const double moved = (Sum(masses) / all - 2.0 * Sum(mixed)) / all + Sum(tokens);
     const double mean = Sum(both);
     const double variance = mean * mean + (Sum(squares) - 2.0 * mean * Sum(sum)) / static_cast<double>(count);
-    return {mean, Sum(upper), variance > 0.0 ? variance : 0.0, moved > 0.0 ? moved : 0.0};
+    return {mean, variance > 0.0 ? variance : 0.0, moved > 0.0 ? moved : 0.0};
 }
 
 bool ToFixedPoint(const float* tables, const float* shares, int64_t num_codebooks, int64_t num_codes,
@@ -157,18 +156,17 @@ bool ToFixedPoint(const float* tables, const float* shares, int64_t num_codebook
     fixed->num_codes = num_codes;
     fixed->num_wide = 0;
     const int64_t stride = num_codebooks * kTable;
-    double rest = 0.0, upper = 0.0, variance = 0.0, common = 0.0, error = 0.0;
+    double rest = 0.0, variance = 0.0, common = 0.0, error = 0.0;
     for (int64_t m = 0; m < num_codebooks; ++m) {
         const bool wide = spans[m] > covered;
         const LowerBytes bytes =
             CutPlanes(tables + m * num_codes, shares + m * kTable, num_codes, (num_codebooks - m) * num_codes,
                       ranges[m], per_unit, wide ? 4 : 3, stride, fixed->planes + m * kTable);
         if (wide) fixed->wide[fixed->num_wide++] = static_cast<int16_t>(m);
-        rest += bytes.both;
-        upper += 256.0 * bytes.upper;
+        rest += bytes.mean;
         variance += bytes.variance;
         common += bytes.variance * bytes.moved;
-        error += bytes.both > 32768.0 ? bytes.both : 65536.0 - bytes.both;
+        error += bytes.mean > 32768.0 ? bytes.mean : 65536.0 - bytes.mean;
     }
     const double unit = 1.0 / static_cast<double>(per_unit), step = 65536.0 * unit;
     fixed->unit = static_cast<float>(unit);
@@ -176,7 +174,6 @@ bool ToFixedPoint(const float* tables, const float* shares, int64_t num_codebook
     fixed->middle = static_cast<int32_t>(0.5 * all / step);
     fixed->offset = static_cast<float>(lowest + fixed->middle * step);
     fixed->rest = static_cast<float>(rest * unit);
-    fixed->upper_rest = static_cast<float>(upper * unit);
     fixed->deviation = static_cast<float>(__builtin_sqrt(variance) * unit);
     fixed->common_deviation = static_cast<float>(__builtin_sqrt(common) * unit);
     fixed->error = static_cast<float>(error * unit);

@@ -47,15 +47,11 @@ struct FixedPoint {
     float step;                        // of the third plane: 2^16 units
     float offset;                      // what the integers 0 and the middle stand for
 
-    // What the two lower planes add to a token's sum, in logits: the mean over the tokens of both and of the upper one;
-    // the standard deviation of both, as if codebooks were independent; that of their mean over very many tokens, each
-    // with its share of the softmax (these are not like all tokens: high scores have more of it); and how far from
-    // their mean they are at most.
-    float rest, upper_rest, deviation, common_deviation, error;
+    // What the two lower planes add to a token's sum, in logits: its mean over the tokens; its standard deviation, as
+    // if codebooks were independent; that of the mean over very many tokens, each with its share of the softmax (these
+    // are not like all tokens: high scores have more of it); and how far from their mean they are at most.
+    float rest, deviation, common_deviation, error;
 };
-
-// Groups refined at once: they share the reading of the tables.
-inline constexpr int64_t kRefined = 4;
 
 // What top-k, normaliser and sampling are made of.
 struct Decode {
@@ -101,14 +97,9 @@ struct Kernels {
     // The same from the upper planes alone and the mean of the others, in a third of the time: off by fixed.error and
     // the roundings of float32 at most.
     void (*scan)(const FixedPoint& fixed, const Block& block, float* sums) = nullptr;
-    // Makes the sums of Scan of kRefined groups 256 times as exact. codes [2 * kRefined]: each group's [M, kGroup], and
-    // those of the groups that come next, whose memory is asked for; sums: each group's [kGroup]. A group may stand
-    // there twice with the sums of another.
-    void (*refine)(const FixedPoint& fixed, int64_t num_codebooks, const uint8_t* const* codes,
-                   float* const* sums) = nullptr;
-    // masses [groups]: the sum of exp(x - peak) over x [kGroup] each, x - peak at most 1, off by 2^-16 of it at most;
-    // what is below 2^-126 may be 0. NaN weighs nothing. squares [groups]: the sum of the squares.
-    void (*weigh)(const float* x, int64_t groups, float peak, float* masses, float* squares) = nullptr;
+    // The sum of exp(x - peak) over x [count], count a multiple of 16 and x - peak at most 1; off by 2^-16 of it at
+    // most; what is below 2^-126 may be 0. NaN weighs nothing.
+    float (*weigh)(const float* x, int64_t count, float peak) = nullptr;
 };
 
 const Kernels& PortableKernels();

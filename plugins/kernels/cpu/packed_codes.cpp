@@ -3,8 +3,31 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace vq::cpu {
+namespace {
+
+constexpr size_t kLine = 64, kLargePage = size_t{1} << 21;
+
+std::align_val_t AlignmentOf(size_t bytes) { return std::align_val_t{bytes < kLargePage ? kLine : kLargePage}; }
+
+}  // namespace
+
+void* AllocateLines(size_t bytes) {
+    void* memory = ::operator new(bytes, AlignmentOf(bytes));
+#ifdef __linux__
+    // A wish: without large pages it is the same memory.
+    if (bytes >= kLargePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
+void FreeLines(void* memory, size_t bytes) { ::operator delete(memory, AlignmentOf(bytes)); }
 
 PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_count, int64_t m_count)
     : vocab_size(v_count),
@@ -36,6 +59,15 @@ PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_coun
         bias.assign(static_cast<size_t>(blocks * kBlock), 0.0f);
         std::copy(biases, biases + v_count, bias.begin());
         numbers = std::none_of(biases, biases + v_count, [](float x) { return std::isnan(x); });
+    }
+}
+
+void PackedCodes::KeepByToken() {
+    by_token.resize(static_cast<size_t>(vocab_size * num_codebooks));
+    for (int64_t i = 0; i < vocab_size * num_codebooks; ++i) {
+        const int64_t v = i / num_codebooks, m = i % num_codebooks;
+        const int64_t at = ((v / kGroup) * num_codebooks + m) * kGroup + v % kGroup;
+        by_token[static_cast<size_t>(i)] = codes[static_cast<size_t>(at)];
     }
 }
 

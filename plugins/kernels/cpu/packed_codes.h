@@ -2,24 +2,26 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
 #include <vector>
 
 #include "cpu/isa.h"
 
 namespace vq::cpu {
 
-// Memory that begins on a cache line: vectors of ids and of tables then never lie across two.
+// Memory that begins on a cache line: vectors of ids and of tables then never lie across two. Much of it is asked for
+// in large pages, of which the processor has to look up fewer.
+void* AllocateLines(size_t bytes);
+void FreeLines(void* memory, size_t bytes);
+
 template <typename T>
 struct OnCacheLines {
     using value_type = T;
-    static constexpr std::align_val_t kLine{64};
 
     OnCacheLines() = default;
     template <typename U>
     OnCacheLines(const OnCacheLines<U>&) {}
-    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
-    void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
+    T* allocate(size_t count) { return static_cast<T*>(AllocateLines(count * sizeof(T))); }
+    void deallocate(T* memory, size_t count) { FreeLines(memory, count * sizeof(T)); }
     bool operator==(const OnCacheLines&) const { return true; }
     bool operator!=(const OnCacheLines&) const { return false; }
 };
@@ -35,6 +37,7 @@ struct PackedCodes {
     // Which part of the tokens has a code: [M, kTable] for ids of 8 bits, else empty.
     std::vector<float> shares;
     bool numbers = true;  // no bias is NaN
+    Bytes by_token;       // ids of 8 bits again, [V, M], or empty: for kernels that sum single tokens
 
     // codes int32 [V, M] and bias float32 [V] or null are copied. Ids are trusted to be 0 to 65535 (CheckCodes).
     PackedCodes(const int32_t* codes, const float* bias, int64_t vocab_size, int64_t num_codebooks);
@@ -46,6 +49,14 @@ struct PackedCodes {
 
     // Asks for memory that will be read a few blocks after this one.
     void PrefetchAfter(int64_t block) const;
+
+    void KeepByToken();
+    // Asks for a token's ids of `count` codebooks from the one at m on.
+    void PrefetchToken(int64_t token, int64_t m, int64_t count) const {
+        const uint8_t* ids = by_token.data() + token * num_codebooks + m;
+        __builtin_prefetch(ids);
+        __builtin_prefetch(ids + count - 1);
+    }
 
 private:
     int64_t BlockBytes() const { return num_codebooks * kBlock * code_bits / 8; }

@@ -57,6 +57,7 @@ TopK::TopK(const int32_t* codes, const float* bias, int64_t vocab_size, int64_t 
         packed_->masses = packed_->buckets->Masses(packed_->kernels->decode, 1.0f);
     } else {
         packed_->codes.emplace(codes, bias, vocab_size, num_codebooks);
+        if (FastScan::Has(*packed_->codes, *packed_->kernels)) packed_->codes->KeepByToken();
     }
 }
 

@@ -21,7 +21,7 @@ public:
 
     // code_logits T [rows, M*K] -> values [rows, k] falling, equal ones by rising id, ids [rows, k], logsumexp [rows]
     // over all V. Sums accumulate in float32, or in fixed point of 24 bits where that is as exact (isa.h); where most
-    // tokens are looked up in eight bits (fast_scan.h), logsumexp is off by 2^-12 at four standard deviations. The
+    // tokens are looked up in eight bits (fast_scan.h), logsumexp is off by 2^-11 at four standard deviations. The
     // results do not depend on `threads`, the number of parts that the work is cut into at most.
     //
     // K is trusted to be above every code id, k to be 1 to V. Tokens with a logit of NaN come last and make logsumexp
