@@ -48,7 +48,19 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict
     Raises:
         UserError: the path holds neither, or something of another format.
     """
+    _check_not_exported(path)
     return _read_folder(path) if path.is_dir() else _read_pt(path)
+
+
+def _check_not_exported(path: Path) -> None:
+    """What export-vq writes is not what it reads, and easily given in its place."""
+    made = path if path.suffix == ".onnx" else path / "model.onnx"
+    if made.is_file() and not any(path.glob("*.safetensors*")):
+        raise UserError(
+            f"{path}: {'an ONNX file' if made == path else 'a folder of exported graphs'}, expected a checkpoint, which is "
+            "a model.pt or a Hugging Face folder; give the one that it was made from, or take another command "
+            "(generate, inspect, calibrate, build)"
+        )
 
 
 def write_checkpoint(path: Path, config: dict[str, Any], tensors: dict[str, Tensor], files: Mapping[str, str]) -> None:

@@ -25,6 +25,8 @@ from export_vq.records import HeadSpec
 
 ROWS = 256
 """Rows that the op takes together: the tables of so many fit a CPU's last cache, at M * K up to 100,000."""
+_TOKENS_AT_ONCE = 2048
+"""Rows of the dense twin that are summed in float64 at a time: what they take does not show beside the matrix itself."""
 
 
 def gather_scatter(code_logits: Tensor, codes: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -177,7 +179,7 @@ class VQHead(nn.Module):
         spec = self.spec
         twin = nn.Linear(spec.hidden_size, spec.vocab_size, bias=spec.has_bias, dtype=self.codebook.dtype)
         with torch.no_grad():
-            for rows in torch.arange(spec.vocab_size).split(16384):
+            for rows in torch.arange(spec.vocab_size).split(_TOKENS_AT_ONCE):
                 twin.weight[rows] = self.token_vectors(rows).to(twin.weight.dtype)
             if self.bias is not None:
                 twin.bias.copy_(self.bias)
@@ -194,6 +196,8 @@ def oracle_logits(head: VQHead, hidden: Tensor) -> Tensor:
         float64 [.., V].
     """
     rows = hidden.double()
-    parts = [rows @ head.token_vectors(tokens).T for tokens in torch.arange(head.spec.vocab_size).split(16384)]
+    parts = [
+        rows @ head.token_vectors(tokens).T for tokens in torch.arange(head.spec.vocab_size).split(_TOKENS_AT_ONCE)
+    ]
     logits = torch.cat(parts, dim=-1)
     return logits if head.bias is None else logits + head.bias.detach().double()

@@ -239,6 +239,14 @@ def test_damage_is_refused_with_one_line_that_names_place_expectation_and_mend(t
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("given", "what"), [("", "a folder of exported graphs"), ("model.onnx", "an ONNX file")])
+def test_what_was_exported_is_not_taken_for_a_checkpoint(tmp_path, given, what):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a")
+    with pytest.raises(UserError, match=f"{what}, expected a checkpoint.*give the one that it was made from"):
+        read_checkpoint(tmp_path / given)
+
+
 def test_the_intruder_would_make_itself_known(tmp_path):
     """The check above can fail: without protection, reading the same file does run the code in it."""
     damage = next(d for d in DAMAGES if d.name == "code in the pickle")
