@@ -54,6 +54,7 @@ ISAS = ("portable", "neon", "avx2", "avx512", "avx512vbmi")
 VQ, VQ_LOGITS, GATHER = "VQ top-k", "VQ logits", "VQ logits, plain Gather"
 DENSE, DENSE_LOGITS, INT8, INT4 = "dense, then top-k", "dense logits", "dense INT8 logits", "dense INT4 logits"
 CUT_DENSE = f"dense, {CUT:,} tokens, then top-k"
+WAYS = (VQ, VQ_LOGITS, GATHER, DENSE, DENSE_LOGITS, CUT_DENSE, INT8, INT4)
 
 
 def random_head(kind: str, d: int, v: int, m: int, k: int) -> VQHead:
@@ -114,12 +115,14 @@ def graphs(head: VQHead) -> Iterator[tuple[str, ir.Model]]:
 
 
 @contextmanager
-def runners(head: VQHead, threads: int) -> Iterator[dict[str, OrtRunner]]:
+def runners(head: VQHead, threads: int, without: tuple[str, ...]) -> Iterator[dict[str, OrtRunner]]:
     """A session for each way; the files go with the context."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         named = {}
         for i, (name, graph) in enumerate(graphs(head)):
+            if name in without:
+                continue
             runner = head_runner(graph, folder / f"{i}.onnx", threads=threads, native=name in (VQ, VQ_LOGITS))
             named[name] = stack.enter_context(runner)
         yield named
@@ -141,9 +144,11 @@ def work_of(name: str, head: VQHead, batch: int) -> Work:
     return Work(int(rows * d * width), 2 * batch * rows * d, 0)
 
 
-def measure(head: VQHead, subject: str, threads: int, batches: tuple[int, ...], seconds: float) -> BenchReport:
-    """One head in all ways, warm and cold."""
-    with runners(head, threads) as named:
+def measure(
+    head: VQHead, subject: str, threads: int, batches: tuple[int, ...], seconds: float, without: tuple[str, ...]
+) -> BenchReport:
+    """One head in all ways but some, warm and cold."""
+    with runners(head, threads, without) as named:
         work = [
             Workload(
                 subject, batch, {name: r.bound(head_inputs(head, batch, r.signature)) for name, r in named.items()}
@@ -200,6 +205,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each way, batch size and cache state")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="rows of hidden states")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument(
+        "--without",
+        nargs="*",
+        default=[],
+        choices=WAYS[1:],
+        metavar="WAY",
+        help=f"ways to leave out: {'; '.join(WAYS[1:])}",
+    )
     parser.add_argument("--isa", choices=ISAS, help="the native kernels' instruction set, where the processor has it")
     parser.add_argument("-o", "--output", type=Path, help="write all timings there as JSON, and a plot beside it")
     args = parser.parse_args()
@@ -214,7 +227,7 @@ def main() -> None:
     reports = []
     for model in args.models:
         for subject, head in heads_of(model).items():
-            report = measure(head, subject, args.threads, tuple(args.batches), args.seconds)
+            report = measure(head, subject, args.threads, tuple(args.batches), args.seconds, tuple(args.without))
             reports.append(report)
             print(f"\n{subject}; {report.threads} threads; {report.backend}; {report.device}")
             print(table(report, head, machine), flush=True)
