@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,6 +41,8 @@ _NUMPY: dict[torch.dtype, type[np.floating[Any]]] = {
 }
 
 
+_NODE_EVENT = "_kernel_time"
+"""What the runtime's profile puts behind the name of a node that ran."""
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
@@ -147,6 +150,7 @@ class OrtRunner(Closing):
         bundle: Path | None = None,
         edited: ir.Model | None = None,
         fuse_quantised: bool = True,
+        profiled: bool = False,
     ) -> None:
         """Open a session.
 
@@ -161,6 +165,7 @@ class OrtRunner(Closing):
             fuse_quantised: whether products of quantised numbers may be fused. The runtime (1.31) also fuses where its
                 kernels compute something else: it refuses FP8 then, and rounds the input of a product whose weight alone
                 is int8. Without fusion each number is rounded as the graph says, and multiplied in its type.
+            profiled: whether the runtime keeps the time of every node, for `node_times`; that takes time itself.
 
         Raises:
             UserError: ONNX Runtime is not installed, or cannot run this file on this provider; or the bundle's library is
@@ -184,10 +189,12 @@ class OrtRunner(Closing):
         self.native_nodes: int | None = 0
         self._profiles: tempfile.TemporaryDirectory[str] | None = None
         library = native_library(bundle) if native else None
+        self._profiled = profiled
         if library is not None:
             options.register_custom_ops_library(str(library.path))
             self.name += " with native kernels"
             self.native_nodes = None
+        if library is not None or profiled:
             self._profiles = tempfile.TemporaryDirectory()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profiles.name, "run"))
@@ -263,15 +270,30 @@ class OrtRunner(Closing):
                 "this version of ONNX Runtime prefers the function body"
             )
 
+    def node_times(self) -> dict[str, float]:
+        """Median milliseconds of each node over all runs so far, by name, after the runtime's own changes to the graph. Only
+        of a runner that was opened `profiled`, and once: from here on nothing is.
+        """
+        times: dict[str, list[float]] = {}
+        for event in self._end_profile():
+            if event.get("cat") == "Node" and event["name"].endswith(_NODE_EVENT):
+                times.setdefault(event["name"].removesuffix(_NODE_EVENT), []).append(event["dur"] / 1000)
+        return {name: statistics.median(found) for name, found in times.items()}
+
     def _read_profile(self) -> None:
-        """The first run was profiled; from here on nothing is."""
-        if self._profiles is None:
-            return
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        ran = {e["name"] for e in events if e.get("args", {}).get("op_name") == OPS[self.signature.output]}
-        self.native_nodes = len(ran)
+        """The first run was profiled; from here on nothing is, unless all runs shall be."""
+        if self._profiles is not None and not self._profiled:
+            ran = {
+                e["name"] for e in self._end_profile() if e.get("args", {}).get("op_name") == OPS[self.signature.output]
+            }
+            self.native_nodes = len(ran)
+
+    def _end_profile(self) -> list[dict[str, Any]]:
+        assert self._profiles is not None
+        events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         self._profiles.cleanup()
         self._profiles = None
+        return events
 
     def close(self) -> None:
         self._session = None

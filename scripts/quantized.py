@@ -5,8 +5,8 @@
 
 Every graph is held against the fp32 graph with the same head, on text that nothing was calibrated on. The VQ head stays in
 fp32 (fp16 in the fp16 graphs), the dense head is quantised as the body is. FP8 is simulated on a CPU: its numbers are rounded to
-E4M3 and multiplied in float32, so its time means nothing and is not taken. The head's share is what a decode step takes
-less when the head is cut off. Every lot of timings holds the fp32 VQ graph too, and speeds are relative to that. What is
+E4M3 and multiplied in float32, so its time means nothing and is not taken. The head's share is the time of
+its nodes, by the runtime's own profile, over that of a step that is not profiled. Every lot of timings holds the fp32 VQ graph too, and speeds are relative to that. What is
 calibrated and judged stays in --folder: a run that was stopped goes on there, and a repeated one measures only speeds anew.
 """
 
@@ -34,6 +34,7 @@ from export_vq.calibration.collect import saved, through_cache, with_outputs
 from export_vq.calibration.documents import read_material
 from export_vq.calibration.products import products
 from export_vq.calibration.source import open_source
+from export_vq.contract import HEAD_PREFIX
 from export_vq.files import sha256, write_text
 from export_vq.forms import read_graph
 from export_vq.graph import ExportOptions
@@ -50,6 +51,7 @@ SIMULATED = ("fp8",)
 TARGETS = {"int8 weights": 0.01, "int4 weights": 0.05}
 """Allowed relative increase of perplexity."""
 MADE_WITH = "made_with.txt"
+PROFILED_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -149,33 +151,56 @@ def num_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in {path, *files})
 
 
-def runner_of(folder: Path, kind: str, exported: Path, threads: int) -> OrtRunner:
+def runner_of(
+    folder: Path, kind: str, exported: Path, threads: int, *, file: Path | None = None, profiled: bool = False
+) -> OrtRunner:
+    """Of a folder's graph, or of another `file` made of it."""
     artifact = record(folder, kind, exported)
     return OrtRunner(
-        folder / FILES[kind],
+        file or folder / FILES[kind],
         signature_of(artifact),
         threads=threads,
-        native=kind == "vq",
+        native=kind == "vq" and file is None,
         fuse_quantised=artifact.fusible,
+        profiled=profiled,
     )
 
 
-def timings(folder: Path, args: argparse.Namespace, vocab_size: int) -> dict[str, float]:
-    """Median milliseconds of a decode step: 'vq', 'dense', both without their heads, and 'fp32' VQ beside them."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, (1, args.prompt))
+def head_inputs(model: ir.Model) -> list[str]:
+    """What the head reads of the backbone: all that depends on its constants is the head."""
+    inside: set[ir.Value] = {v for name, v in model.graph.initializers.items() if name.startswith(HEAD_PREFIX)}
+    read: dict[str, None] = {}
+    for node in model.graph:
+        given = [v for v in node.inputs if v is not None]
+        if not inside.intersection(given):
+            continue
+        inside.update(node.outputs)
+        read.update({str(v.name): None for v in given if v not in inside and v.producer() is not None})
+    return list(read)
+
+
+def head_ms(folder: Path, kind: str, args: argparse.Namespace, ids: NDArray[np.int64]) -> float:
+    """Milliseconds of the head's nodes in a decode step: those that the graph without its head does not have."""
+    times = []
+    full = read_graph(folder / FILES[kind])
+    with saved(with_outputs(full, head_inputs(full)), args.folder) as cut:
+        for file in (None, cut):
+            with runner_of(folder, kind, args.folder, args.threads, file=file, profiled=True) as runner:
+                step = runner.bound(feeds.first_step(runner, ids))
+                for _ in range(PROFILED_STEPS):
+                    step()
+                times.append(runner.node_times())
+    whole, backbone = times
+    return sum(ms for name, ms in whole.items() if name not in backbone)
+
+
+def timings(folder: Path, args: argparse.Namespace, ids: NDArray[np.int64]) -> dict[str, float]:
+    """Median milliseconds of a decode step: 'vq', 'dense', and 'fp32' VQ beside them."""
     with ExitStack() as stack:
         runs = {"fp32": stack.enter_context(runner_of(args.folder, "vq", args.folder, args.threads))}
         for kind in FILES:
             runs[kind] = stack.enter_context(runner_of(folder, kind, args.folder, args.threads))
-            headless = with_outputs(read_graph(folder / FILES[kind]))
-            path = stack.enter_context(saved(headless, args.folder))
-            runs[f"{kind}, no head"] = stack.enter_context(
-                OrtRunner(path, runs[kind].signature, threads=args.threads, native=False)
-            )
-        steps = {}
-        for name, runner in runs.items():
-            given = feeds.first_step(runner, ids)
-            steps[name] = runner.bound(given)
+        steps = {name: runner.bound(feeds.first_step(runner, ids)) for name, runner in runs.items()}
         report = run_benchmark(
             [Workload("decode step", 1, steps)],
             threads=args.threads,
@@ -254,10 +279,11 @@ def measure(args: argparse.Namespace) -> list[Row]:
     folders = make_graphs(args)
     vocab_size = OnnxArtifact.load(args.folder / "model.onnx.json").spec.vocab_size
     rows = {(row.precision, kind): row for kind in FILES for row in judge(args, kind, folders)}
+    ids = np.random.default_rng(0).integers(0, vocab_size, (1, args.prompt))
     for precision, folder in folders.items():
         if precision in SIMULATED or args.seconds == 0:
             continue
-        times = timings(folder, args, vocab_size)
+        times = timings(folder, args, ids)
         for kind in FILES:
             step = times[kind]
             rows[precision, kind] = replace(
@@ -265,7 +291,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 step_ms=step,
                 tokens_per_second=1000 / step,
                 against_fp32=times["fp32"] / step,
-                head_share=max(0.0, 1 - times[f"{kind}, no head"] / step),
+                head_share=head_ms(folder, kind, args, ids) / step,
             )
     return [rows[precision, kind] for precision in folders for kind in FILES]
 
