@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from export_vq import manifest
-from export_vq.calibration import RANGES, CalibrationOptions, calibrate
+from export_vq.calibration import CalibrationOptions, calibrate
+from export_vq.calibration.counts import RANGES
 from export_vq.calibration.documents import read_material
 from export_vq.calibration.judge import compare, failures
 from export_vq.calibration.source import open_source
