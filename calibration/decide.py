@@ -18,6 +18,7 @@ from export_vq.calibration.ranges import magnitude
 from export_vq.calibration.sensitivity import sensitivity
 from export_vq.calibration.source import Source, in_plain_form
 from export_vq.contract import HEAD_PREFIX
+from export_vq.errors import UserError
 from export_vq.progress import Progress
 from export_vq.records import LayerDivergence
 from export_vq.runners import signature_of
@@ -30,7 +31,7 @@ def decide(source: Source, blocks: Ids, options: CalibrationOptions, maker: Make
     """Count on blocks of tokens int64 [n, S], and choose.
 
     Raises:
-        UserError: an option names a layer that is not there, or activations hold NaN or infinity.
+        UserError: an option names a layer that is not there, or all layers, or activations hold NaN or infinity.
     """
     counts = Counts(source, blocks, options.threads, progress)
     if options.precision in HALF:
@@ -38,7 +39,11 @@ def decide(source: Source, blocks: Ids, options: CalibrationOptions, maker: Make
     graph = source.graph
     found = products(graph)
     names = [p.name for p in chosen(found, options.kept_names, head=options.quantise_head)]
-    four = {p.name for p in chosen(found, options.eight_names, head=True)}
+    if not names:
+        raise UserError(
+            f"--keep-in-fp16 names all layers, so nothing is left to quantise; name fewer than {options.keep}"
+        )
+    four = {p.name for p in chosen(found, options.eight_names, head=True, option="--keep-in-int8")}
     decisions = Decisions(names, in_8_bits=frozenset(p.name for p in found if p.name not in four))
     if options.alpha:
         largest = {name: histogram.channels for name, histogram in counts.histograms(graph, {}).items()}
@@ -51,6 +56,8 @@ def decide(source: Source, blocks: Ids, options: CalibrationOptions, maker: Make
         decisions = dataclasses.replace(decisions, magnitudes=ranges)
     if options.precision == "int4" and options.rounding == "gptq":
         decisions = dataclasses.replace(decisions, grid=_grids(counts.moments(), options))
+    elif options.precision not in WITH_RANGES:
+        counts.check()
     everything = options.sensitivity or options.kept_most_sensitive or options.eight_most_sensitive
     # What a quantised codebook costs alone is always told.
     probed = [name for name in names if everything or name.startswith(HEAD_PREFIX)]

@@ -65,9 +65,14 @@ class Maker:
         convert(model, wide, dtype, simulated=simulated)
         if not self.notes:
             largest = max(decisions.magnitudes, key=lambda name: decisions.magnitudes[name])
+            near = (
+                f"; {len(large)} values come too near to what {dtype} holds: {', '.join(list(large)[:8])}"
+                if large
+                else ""
+            )
             self.notes.append(
-                f"largest activation {decisions.magnitudes[largest]:.4g} ({largest}); float32 stay {len(wide)} nodes, as "
-                f"their type is too small for {len(large)} values{': ' if large else ''}{', '.join(list(large)[:8])}"
+                f"largest activation {decisions.magnitudes[largest]:.4g} ({largest}); {len(wide)} nodes stay float32, norms and "
+                f"positions as always{near}"
             )
         changed = tuple(name for name, kept in names.items() if not kept)
         return Made(model, changed, tuple(name for name, kept in names.items() if kept))

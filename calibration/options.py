@@ -89,6 +89,8 @@ class CalibrationOptions:
             )
         if not 0 <= self.smooth < 1:
             raise UserError(f"--smooth is {self.smooth}, expected 0 (none) to below 1; leave it out for 0.5")
+        if self.limit is not None and not self.limit >= 0:
+            raise UserError(f"--limit is {self.limit}, expected 0 or more; 0.01 allows one percent")
         if self.samples < 1 or self.test_tokens < 1:
             raise UserError("--samples and --test-tokens must be 1 or more")
         if self.precision in HALF and (self.keep or self.sensitivity):

@@ -79,12 +79,14 @@ def products(model: ir.Model) -> list[Product]:
     return found
 
 
-def chosen(found: list[Product], keep: list[str], *, head: bool) -> list[Product]:
+def chosen(found: list[Product], keep: list[str], *, head: bool, option: str = "--keep-in-fp16") -> list[Product]:
     """Those to quantise: all but the kept ones, and the head's only with `head`.
 
     Args:
         found: of `products`.
         keep: names, or beginnings or ends of names, parted at a dot.
+        head: whether the head's is among them.
+        option: where the names were said, for the message.
 
     Raises:
         UserError: a name fits no product.
@@ -97,7 +99,7 @@ def chosen(found: list[Product], keep: list[str], *, head: bool) -> list[Product
         }
         if not fitting:
             raise UserError(
-                f"--keep-in-fp16 names {name!r}, which no layer is called; the layers are {found[0].name} to {found[-1].name}"
+                f"{option} names {name!r}, which no layer is called; the layers are {found[0].name} to {found[-1].name}"
             )
         spared |= fitting
     return [p for p in found if p.name not in spared and (head or not p.is_head)]
