@@ -72,8 +72,8 @@ def read_material(options: CalibrationOptions, tokenizer: Any, vocab_size: int, 
     rest = {digest: d for digest, d in pool.items() if digest not in test and not d.parts & tested}
     if not rest:
         raise UserError(
-            f"{origin}: holds {len(pool)} document(s) and all are needed to test on, or hold paragraphs of what is; give a longer text, or another one to "
-            "test on with --held-out FILE"
+            f"{origin}: holds {len(pool)} document(s) of some {LEAST_CHARACTERS} characters, and none is left to calibrate on: each is "
+            "tested on or shares a paragraph with one that is; give a longer text, or another one with --held-out FILE"
         )
     return Material(
         _blocks(origin, rest.values(), vocab_size, width, options.samples),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from export_vq import feeds as fd
 from export_vq.calibration.collect import through_cache
+from export_vq.errors import UserError
 from export_vq.logit_errors import ErrorAccumulator
 from export_vq.records import ErrorStats
 
@@ -19,12 +21,21 @@ def compare(
     blocks: NDArray[np.int64],
     tell: Callable[[float], None] = lambda _: None,
 ) -> ErrorStats:
-    """Both over blocks of tokens int64 [n, S], prefill and decode steps, each through its own KV cache."""
+    """Both over blocks of tokens int64 [n, S], prefill and decode steps, each through its own KV cache.
+
+    Raises:
+        UserError: the reference gives NaN or infinity, so nothing can be held against it.
+    """
     account = ErrorAccumulator()
     for i, block in enumerate(blocks):
         row, start = block[None], 0
         for first, second in zip(through_cache(reference, row), through_cache(candidate, row), strict=True):
             a, b = first["logits"][0], second["logits"][0]  # [S, V]
+            if not np.isfinite(a).all():
+                raise UserError(
+                    "the unquantised graph's logits hold NaN or infinity on the text to test on; the checkpoint is damaged, or its "
+                    "type is too small: export it with --dtype fp32"
+                )
             targets = np.append(block, -1)[start + 1 : start + 1 + len(a)]
             account.add(a, b, targets)
             start += len(a)
@@ -36,6 +47,8 @@ def failures(stats: ErrorStats, limits: dict[str, float]) -> tuple[str, ...]:
     """Which limits of CalibrationOptions.limits do not hold; NaN holds none."""
     increase = stats.perplexity_candidate / stats.perplexity_reference - 1
     found = []
+    if not math.isfinite(stats.max_abs):
+        found.append("logits hold NaN or infinity")
     if not increase <= limits["perplexity_increase"]:
         found.append(
             f"perplexity is {increase:+.2%} against the unquantised graph, allowed {limits['perplexity_increase']:+.2%}"

@@ -89,6 +89,8 @@ class CalibrationOptions:
             )
         if not 0 <= self.smooth < 1:
             raise UserError(f"--smooth is {self.smooth}, expected 0 (none) to below 1; leave it out for 0.5")
+        if self.limit is not None and not self.limit >= 0:
+            raise UserError(f"--limit is {self.limit}, expected 0 or more; 0.01 allows one percent")
         if self.samples < 1 or self.test_tokens < 1:
             raise UserError("--samples and --test-tokens must be 1 or more")
         if self.precision in HALF and (self.keep or self.sensitivity):
@@ -116,6 +118,26 @@ class CalibrationOptions:
         return _most_sensitive("--keep-in-int8", self.eight)
 
     @property
+    def kept_names(self) -> list[str]:
+        """The names in `keep`."""
+        return _names(self.keep)
+
+    @property
+    def eight_names(self) -> list[str]:
+        """The names in `eight`."""
+        return _names(self.eight)
+
+    @property
+    def alpha(self) -> float:
+        """`smooth` where the precision moves outliers, else 0."""
+        return self.smooth if self.precision == "int8" else 0.0
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether `block` counts."""
+        return self.precision == "int4" or (self.precision == "w8" and self.runtime == "onnxruntime")
+
+    @property
     def limits(self) -> dict[str, float]:
         """Largest perplexity increase, largest mean KL, smallest share of equal best tokens.
 
@@ -135,3 +157,7 @@ def _most_sensitive(option: str, said: str) -> int:
     if not number.isdecimal():
         raise UserError(f"{option} is {said!r}, expected auto:N with a number, or names of layers")
     return int(number)
+
+
+def _names(said: str) -> list[str]:
+    return [] if said.startswith("auto:") else [name for name in said.split(",") if name]

@@ -13,7 +13,9 @@ from export_vq.errors import UserError
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 QUANTISERS = ("QuantizeLinear", "DequantizeLinear", "MatMulNBits", "DynamicQuantizeLinear", "MatMulInteger")
-_HEADS = (f"{HEAD_PREFIX}codebook", f"{HEAD_PREFIX}weight")
+DENSE_HEAD = f"{HEAD_PREFIX}weight"
+"""The dense twin's output layer is quantised like any other: what a VQ head is honestly held against."""
+_HEADS = (f"{HEAD_PREFIX}codebook", DENSE_HEAD)
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,21 @@ def products(model: ir.Model) -> list[Product]:
         if weight.const_value is None or weight.const_value.dtype not in _FLOATS or weight.name is None:
             continue
         in_head = weight.name.startswith(HEAD_PREFIX)
-        if in_head and (weight.name not in _HEADS or (transposed and weight.name != f"{HEAD_PREFIX}weight")):
+        if in_head and (weight.name not in _HEADS or (transposed and weight.name != DENSE_HEAD)):
             continue  # the rotation, and what a tied embedding reads of the head
         if len(weight.const_value.shape) == 2 or in_head:
             found.append(Product(weight.name if in_head else str(node.name), node, weight, transposed))
     return found
 
 
-def chosen(found: list[Product], keep: list[str], *, head: bool) -> list[Product]:
+def chosen(found: list[Product], keep: list[str], *, head: bool, option: str = "--keep-in-fp16") -> list[Product]:
     """Those to quantise: all but the kept ones, and the head's only with `head`.
 
     Args:
         found: of `products`.
         keep: names, or beginnings or ends of names, parted at a dot.
+        head: whether the head's is among them.
+        option: where the names were said, for the message.
 
     Raises:
         UserError: a name fits no product.
@@ -95,7 +99,7 @@ def chosen(found: list[Product], keep: list[str], *, head: bool) -> list[Product
         }
         if not fitting:
             raise UserError(
-                f"--keep-in-fp16 names {name!r}, which no layer is called; the layers are {found[0].name} to {found[-1].name}"
+                f"{option} names {name!r}, which no layer is called; the layers are {found[0].name} to {found[-1].name}"
             )
         spared |= fitting
     return [p for p in found if p.name not in spared and (head or not p.is_head)]

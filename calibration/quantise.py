@@ -124,6 +124,8 @@ def round_trip(model: ir.Model, layer: Product, magnitude: float, precision: str
     back = op.op("DequantizeLinear", [quantised, scale, zero_point])
     _describe(quantised, f"{name}.quantised", ir.DataType.from_numpy(zero.dtype), value.shape)
     _describe(back, f"{name}.dequantised", dtype, value.shape)
+    for node, verb in zip(op.nodes, ("quantise", "dequantise"), strict=True):
+        node.name = f"{name}.{verb}"
     model.graph.insert_before(layer.node, op.nodes)
     return back
 
@@ -155,6 +157,7 @@ def _replace_weight(model: ir.Model, layer: Product, new: Rounded) -> None:
     op = tape.Tape()
     back = op.op("DequantizeLinear", inputs, attributes)
     _describe(back, f"{weight.name}.dequantised", layer.dtype, ir.Shape(new.numbers.shape))
+    op.nodes[0].name = f"{weight.name}.dequantise"  # what engines tell of their layers is by the names of nodes
     model.graph.insert_before(layer.node, op.nodes)
     layer.node.replace_input_with(1, back)
 

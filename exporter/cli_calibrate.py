@@ -88,7 +88,7 @@ from export_vq.terminal import Steps, console, mib, plain
 @click.option(
     "--limit",
     type=click.FloatRange(0),
-    help="Allowed relative increase of perplexity.  [default: 0.01 int8, fp8, w8, 0.05 int4]",
+    help="Allowed relative increase of perplexity.  [default: 0.05 for int4, 0.01 for the others]",
 )
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads of ONNX Runtime; 0 lets it choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print the full report.")
@@ -116,8 +116,8 @@ def calibrate(folder: Path, head: str, block: str, as_json: bool, **chosen: Any)
     else:
         total = report.total
         click.echo(
-            f"{folder / report.precision / report.path}: {report.precision}, {report.quantised} layers quantised, "
-            f"{len(report.kept)} kept, {mib(report.num_bytes)} against {mib(report.source_bytes)}"
+            f"{folder / report.precision / report.path}: {report.quantised} layers in {report.precision}, {len(report.kept)} kept as "
+            f"they are, {mib(report.num_bytes)} against {mib(report.source_bytes)}"
         )
         click.echo(
             f"{'PASS' if report else 'FAIL'}  perplexity {total.perplexity_candidate:.4f} against "

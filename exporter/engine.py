@@ -194,7 +194,7 @@ def _build(job: _Job, file: Path, plan: Path, cache: Path, tell: Tell | None) ->
     """Parse, hold the network to what was meant, build, write the plan; returns the network's layers."""
     trt = job.here.module
     backend = polygraphy(job.here)
-    log(job.here).lines.clear()
+    log(job.here).clear()
     flags = getattr(trt.NetworkDefinitionCreationFlag, "__members__", {})
     load = backend.NetworkFromOnnxPath(str(file), strongly_typed="STRONGLY_TYPED" in flags)
     parsed = _refusable(job, f"cannot parse the {job.source.kind} graph", load)
@@ -215,6 +215,8 @@ def _build(job: _Job, file: Path, plan: Path, cache: Path, tell: Tell | None) ->
         if monitor.interrupted:
             raise KeyboardInterrupt from None
         raise
+    if told := proof.logged_layers(log(job.here).layers):
+        _check(job, told)
     try:
         plan.write_bytes(built)
     except OSError as error:
@@ -270,7 +272,7 @@ def _refusable(job: _Job, refusal: str, do: Callable[[], Any]) -> Any:
 
 def _check(job: _Job, found: proof.Layers) -> None:
     proof.check_layers(found, job.source.kind, job.source.dtype, job.source.nodes)
-    proof.check_quantised(found, job.source.kind, job.source.quantised)
+    proof.check_quantised(found, job.source.kind, job.source.quantised, job.source.products)
 
 
 def _check_outputs(job: _Job, network: Any) -> None:

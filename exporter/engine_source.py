@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from export_vq.files import sha256
 from export_vq.graph import METADATA_KEY
 from export_vq.outputs import output_of
 from export_vq.profiles import Shape
+from export_vq.quantised_products import quantised_products, rounding_nodes
 
 KINDS = ("vq-plugin", "vq-plain", "dense")
 _DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-_LOW = {ir.DataType.FLOAT8E4M3FN: "fp8"}
 _ALWAYS_FLOAT = {*contract.TOP_K_OUTPUTS, *contract.SAMPLE_OUTPUTS}
 
 
 class EngineSource:
     """A graph of type `dtype` with VQ nodes named `nodes`; `inputs` maps each input to its dimensions, dynamic ones by name,
     `output_dtypes` each floating-point output to the type it is meant to have. `quantised` counts the nodes that quantise
-    or dequantise, by type: 'int8', 'fp8' or 'int4'."""
+    or dequantise, by type: 'int8', 'fp8' or 'int4', and `products` are what they quantise."""
 
     def __init__(self, path: Path, kind: str) -> None:
         """Args: model.onnx in portable or plugin form, dense.onnx, or a head alone; one of KINDS.
@@ -48,7 +47,8 @@ class EngineSource:
             )
         if kind != "dense":
             self._convert()
-        self.quantised = dict(Counter(filter(None, map(_quantised_type, self.model.graph))))
+        self.quantised = rounding_nodes(self.model)
+        self.products = quantised_products(self.model)
         self.inputs = {str(v.name): _dims(v) for v in self.model.graph.inputs}
         self.outputs = tuple(str(v.name) for v in self.model.graph.outputs)
         self.dtype = _dtype(path, self.model)
@@ -107,15 +107,6 @@ class EngineSource:
         """(KV heads, head_dim) of each layer's cache; empty for a head alone."""
         keys = [shape for name, shape in self.inputs.items() if name.startswith("past_key_values.") and ".key" in name]
         return tuple((int(shape[1]), int(shape[3])) for shape in keys)
-
-
-def _quantised_type(node: ir.Node) -> str | None:
-    """The type that a node quantises to or dequantises from; None of other nodes."""
-    low = {"QuantizeLinear": node.outputs, "DequantizeLinear": node.inputs}.get(node.op_type)
-    value = low[0] if low else None
-    constant = None if value is None else value.const_value
-    dtype = constant.dtype if constant is not None else None if value is None else value.dtype
-    return None if dtype is None else _LOW.get(dtype, dtype.name.lower())
 
 
 def _dims(value: ir.Value) -> Shape:

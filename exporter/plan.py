@@ -52,7 +52,7 @@ def load_engine(sidecar: Path, *, plugin: Path | None = None) -> LoadedEngine:
                 f"{plan}: built with another plugin library than {library}; build it again with: export-vq build, or give the "
                 "library that it was built with"
             )
-    log(here).lines.clear()
+    log(here).clear()
     runtime = here.module.Runtime(log(here))
     # Such plans carry code of their own, a plugin library or a lean runtime; TensorRT wants to be asked for it.
     runtime.engine_host_code_allowed = embedded or bool(artifact.options["version_compatible"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any
 
 from export_vq import contract
 from export_vq.errors import CheckFailed
+from export_vq.layer_info import EngineLayer, formats, nodes_of, profiles_of, read_log, unquantised
 from export_vq.outputs import OPS
+from export_vq.quantised_products import QuantisedProduct
 from export_vq.records import PluginLayer
 from export_vq.trt import DTYPES
 
@@ -22,22 +25,25 @@ _WRITTEN = {
     "int64": ("int64",),
 }
 """How the engine inspector writes a type, by version; in this order, as some words hold others."""
-_LOW = ("int8", "fp8", "int4")
-"""Types that only a quantised graph brings."""
+
+
+_PLUGINS = re.compile("plugin|custom_layer")
 
 
 @dataclass(frozen=True)
 class Layers:
     """Layers by type, and those that a plugin computes. `source` is 'network' or 'engine'.
 
-    `quantised` counts by type, 'int8', 'fp8' or 'int4': of a network its quantising and dequantising layers, of an engine,
-    where these are fused into others, all layers with a tensor of that type.
+    `quantised` counts a network's quantising and dequantising layers by type, 'int8', 'fp8' or 'int4'. An engine has fused
+    these into others; `computed` says what each layer computes, of all `profiles`.
     """
 
     source: str
     counts: dict[str, int]
     plugins: tuple[PluginLayer, ...]
     quantised: dict[str, int] = field(default_factory=dict)
+    computed: tuple[EngineLayer, ...] = ()
+    profiles: int = 1
 
 
 def network_layers(trt: Any, network: Any) -> Layers:
@@ -78,49 +84,64 @@ def engine_layers(trt: Any, engine: Any) -> Layers:
 
 def read_layers(text: str) -> Layers:
     """The layers in an inspector's JSON: of each 'LayerType', and where that is a plugin's, what its entry tells."""
-    counts: Counter[str] = Counter()
-    quantised: Counter[str] = Counter()
-    plugins = []
-    for layer in json.loads(text)["Layers"]:
-        kind = str(layer.get("LayerType", "")).lower() if isinstance(layer, dict) else "unknown"
-        counts[kind] += 1
-        if isinstance(layer, dict):
-            weights = [w for w in (layer.get("Weights"),) if isinstance(w, dict)]  # of layers that hold their own
-            tensors = " ".join(map(_formats, [*layer.get("Inputs", []), *layer.get("Outputs", []), *weights]))
-            quantised.update(name for name in _LOW if name in tensors)
-        if "plugin" in kind:
-            # Versions differ in where they put the name: PluginType, the layer's name, or its metadata.
-            told = json.dumps(layer)
-            plugins.append(
-                PluginLayer(
-                    name=str(layer.get("Name", "")),
-                    plugin=next((op for op in OPS.values() if op in told), str(layer.get("PluginType", ""))),
-                    version=str(layer.get("PluginVersion", "")),
-                    namespace=str(layer.get("PluginNamespace", "")),
-                    input_dtypes=_dtypes(layer.get("Inputs", [])),
-                    output_dtypes=_dtypes(layer.get("Outputs", [])),
-                )
-            )
-    return Layers("engine", dict(sorted(counts.items())), tuple(plugins), dict(quantised))
+    entries = json.loads(text)["Layers"]
+    named = [entry if isinstance(entry, dict) else {"LayerType": "unknown"} for entry in entries]
+    return _layers(named)
 
 
-def check_quantised(found: Layers, kind: str, meant: Mapping[str, int]) -> None:
+def logged_layers(message: str) -> Layers | None:
+    """The layers of the engine that the builder's log tells, where no inspector can; None where it tells none."""
+    entries = read_log(message)
+    return _layers(entries) if entries else None
+
+
+def _layers(entries: Sequence[dict[str, Any]]) -> Layers:
+    kinds = [str(entry.get("LayerType", "")).lower() for entry in entries]
+    plugins = [_plugin(entry) for entry, kind in zip(entries, kinds, strict=True) if _PLUGINS.search(kind)]
+    return Layers(
+        "engine",
+        dict(sorted(Counter(kinds).items())),
+        tuple(dict.fromkeys(plugins)),  # every profile has the same
+        computed=tuple(map(EngineLayer.of, entries)),
+        profiles=profiles_of(entries),
+    )
+
+
+def _plugin(entry: dict[str, Any]) -> PluginLayer:
+    # Versions differ in where they put the name: PluginType, the layer's name, or its metadata.
+    told, nodes = json.dumps(entry), nodes_of(entry)
+    return PluginLayer(
+        name=nodes[0] if len(nodes) == 1 else str(entry.get("Name", "")),
+        plugin=next((op for op in OPS.values() if op in told), str(entry.get("PluginType", ""))),
+        version=str(entry.get("PluginVersion", "")),
+        namespace=str(entry.get("PluginNamespace", "")),
+        input_dtypes=_dtypes([*entry.get("Inputs", []), *entry.get("Constants", [])]),
+        output_dtypes=_dtypes(entry.get("Outputs", [])),
+    )
+
+
+def check_quantised(found: Layers, kind: str, meant: Mapping[str, int], products: Sequence[QuantisedProduct]) -> None:
     """Hold the layers to what the graph quantises.
 
     Args:
         found: of the network or the engine.
         kind: of the engine, for the message.
-        meant: QuantizeLinear and DequantizeLinear nodes of the graph by type, as in `Layers.quantised`. A network has as
-            many; an engine, where they are fused, computes in that type somewhere.
+        meant: QuantizeLinear and DequantizeLinear nodes of the graph by type; a network has as many.
+        products: of the graph; an engine computes each of them in its type.
 
     Raises:
         CheckFailed: the types are not there, or others are.
     """
-    fits = found.quantised == dict(meant) if found.source == "network" else set(meant) <= set(found.quantised)
-    if not fits:
+    if found.source == "network" and found.quantised != dict(meant):
         raise CheckFailed(
-            f"{kind}: {_said(meant)} quantised were meant, the {found.source} has {_said(found.quantised)}; it would "
-            "compute in another precision than was measured"
+            f"{kind}: {_said(meant)} quantised were meant, the network has {_said(found.quantised)}; it would compute in "
+            "another precision than was measured"
+        )
+    missing = unquantised(found.computed, products, found.profiles) if found.source == "engine" else []
+    if missing:
+        raise CheckFailed(
+            f"{kind}: {_said(Counter(p.dtype for p in products))} products were meant, the engine computes {len(missing)} of "
+            f"them in another type: {', '.join(missing)}; it would compute in another precision than was measured"
         )
 
 
@@ -167,15 +188,10 @@ def check_layers(found: Layers, kind: str, dtype: str, nodes: Sequence[str]) -> 
             raise CheckFailed(f"{kind}: the plugin was meant to compute in {dtype}, the {found.source} has {said}")
 
 
-def _formats(tensor: dict[str, Any]) -> str:
-    """What an inspector's entry tells of a tensor besides its name and size, lower case."""
-    return " ".join(str(value) for key, value in tensor.items() if key not in ("Name", "Dimensions")).lower()
-
-
 def _dtypes(tensors: list[dict[str, Any]]) -> tuple[str, ...]:
     """TensorRT's short type names out of the inspector's 'Format/Datatype' texts; empty when it tells none."""
     found = []
     for tensor in tensors:
-        text = _formats(tensor)
+        text = formats(tensor)
         found.append(next((name for name, words in _WRITTEN.items() if any(w in text for w in words)), ""))
     return tuple(found) if any(found) else ()

@@ -23,6 +23,8 @@ DTYPES = {"float": "fp32", "half": "fp16", "bf16": "bf16"}
 """TensorRT's names of the types that an export can have, lower case -> ours."""
 
 _KEPT_LINES = 20
+_LAYERS = ("Layers:", "Engine Layer Information:")
+"""How the builder's account of an engine begins, by version."""
 _NOISE = ("--- Begin node", "--- End node", "catchCudaError")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -114,16 +116,23 @@ _logs: dict[str, Any] = {}
 
 
 def log(here: TensorRT) -> Any:
-    """The process's logger for this flavour: an ILogger with `lines`, the latest errors and warnings."""
+    """The process's logger for this flavour: an ILogger with `lines`, the latest errors, and `layers`, what the builder told
+    last of an engine's layers."""
     if here.flavour not in _logs:
         trt = here.module
 
         class Log(trt.ILogger):  # type: ignore[misc,name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
+                self.clear()
+
+            def clear(self) -> None:
                 self.lines: list[str] = []
+                self.layers = ""
 
             def log(self, severity: Any, message: str) -> None:
+                if message.startswith(_LAYERS):
+                    self.layers = message
                 if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                     self.lines = [*self.lines, message.strip()][-_KEPT_LINES:]
 
@@ -162,7 +171,7 @@ def load_plugin(here: TensorRT, library: Path) -> str:
         if _registered.get(here.flavour) != digest:
             raise UserError(f"{library}: this process already uses another plugin library; start another one for this")
         return digest
-    log(here).lines.clear()
+    log(here).clear()
     try:
         registry.load_library(str(library))
         reason = last_errors(here)

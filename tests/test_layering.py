@@ -81,8 +81,10 @@ MAY_IMPORT = {
     "build_progress": set(),
     "profiles": {"errors", "records"},
     "trt": {"contract", "errors", "files", "outputs", "require"},
-    "proof": {"contract", "errors", "outputs", "records", "trt"},
-    "engine_source": {"contract", "errors", "files", "forms", "graph", "outputs", "profiles"},
+    "quantised_products": set(),
+    "layer_info": {"quantised_products"},
+    "proof": {"contract", "errors", "layer_info", "outputs", "quantised_products", "records", "trt"},
+    "engine_source": {"contract", "errors", "files", "forms", "graph", "outputs", "profiles", "quantised_products"},
     "engine": {
         "build_progress", "engine_source", "errors", "files", "plugins.library", "profiles", "proof", "records",
         "require", "trt",

@@ -10,12 +10,14 @@ import onnx_ir as ir
 import pytest
 
 from export_vq import manifest
-from export_vq.calibration import RANGES, CalibrationOptions, calibrate
+from export_vq.calibration import CalibrationOptions, calibrate
+from export_vq.calibration.counts import RANGES
 from export_vq.calibration.documents import read_material
 from export_vq.calibration.judge import compare, failures
 from export_vq.calibration.source import open_source
 from export_vq.decoding import DecodingOptions
 from export_vq.errors import UserError
+from export_vq.feeds import Signature
 from export_vq.forms import read_graph
 from export_vq.records import CalibrationReport, ErrorStats
 from export_vq.runners import OrtRunner, signature_of
@@ -48,8 +50,8 @@ def test_every_precision_is_written_judged_and_runs(folder, text):
             if "embed" not in v.name
         )
     assert sizes["int4"] < sizes["w8"] < json.loads((folder / "model.onnx.json").read_text())["num_bytes"]
-    # int8 and fp8 read the same ranges, but for the outliers that int8 moves first.
-    assert len(list((folder / RANGES).glob("*.json"))) == 2
+    # int8 and fp8 read the same ranges, but for the outliers that int8 moves first; w8 has looked for NaN only.
+    assert len(list((folder / RANGES).glob("*.json"))) == 3
     with TextModel(folder / "int8", threads=1) as model:
         assert len(list(model.write("the cat", DecodingOptions(max_new_tokens=3, temperature=0)))) >= 1
 
@@ -150,10 +152,46 @@ def _poison(folder, name):
     ir.save(model, folder / "model.onnx")
 
 
-def test_nan_is_named_by_its_layer(folder, text):
+@pytest.mark.parametrize(
+    ("precision", "rounding"), [("fp8", "gptq"), ("w8", "gptq"), ("int4", "gptq"), ("int4", "nearest")]
+)
+def test_nan_is_named_by_its_layer(folder, text, precision, rounding):
+    """Also where nothing of activations is needed: NaN against NaN would be no difference at all."""
     _poison(folder, "model.layers.1.mlp.up_proj")
     with pytest.raises(UserError, match=r"activations of model\.layers\.1\.mlp\.down_proj hold NaN"):
-        calibrate(folder, options("fp8", text), Steps())
+        calibrate(folder, options(precision, text, rounding=rounding), Steps())
+
+
+class _Gives:
+    """A runner without a cache that gives these logits [S, V]."""
+
+    signature = Signature((), has_position_ids=False)
+
+    def __init__(self, logits):
+        self._logits = logits
+
+    def infer(self, given):
+        return {"logits": self._logits[None, : given["input_ids"].shape[1]]}
+
+
+def test_nan_in_logits_never_passes(text):
+    block = np.zeros((1, 2), np.int64)
+    good, bad = np.zeros((2, 5), np.float32), np.full((2, 5), np.nan, np.float32)
+    assert failures(compare(_Gives(good), _Gives(good), block), CalibrationOptions("w8", text=text).limits) == ()
+    assert (
+        "logits hold NaN"
+        in failures(compare(_Gives(good), _Gives(bad), block), CalibrationOptions("w8", text=text).limits)[0]
+    )
+    with pytest.raises(UserError, match="unquantised graph's logits hold NaN"):
+        compare(_Gives(bad), _Gives(bad), block)
+
+
+def test_a_layer_that_is_not_there_is_told_with_the_option_that_names_it(folder, text):
+    for option, chosen in (("--keep-in-fp16", {"keep": "nothing"}), ("--keep-in-int8", {"eight": "nothing"})):
+        with pytest.raises(UserError, match=f"{option} names 'nothing', which no layer is called"):
+            calibrate(folder, options("int4", text, **chosen), Steps())
+    with pytest.raises(UserError, match="nothing is left to quantise"):
+        calibrate(folder, options("w8", text, keep="model.layers"), Steps())
 
 
 def test_what_cannot_be_quantised_is_refused(folder, text, tmp_path):
@@ -189,6 +227,7 @@ def test_another_model_s_tokenizer_is_told_even_where_its_ids_are_known(folder, 
         ({"block": 48}, "--block is 48"),
         ({"keep": "auto:some"}, "expected auto:N"),
         ({"smooth": 1.5}, "--smooth is 1.5"),
+        ({"limit": float("nan")}, "--limit is nan"),
         ({"precision": "fp16", "keep": "auto:3"}, "fp16 is a type for everything"),
         ({"precision": "int4", "rounding": "up"}, "--rounding is 'up'"),
         ({"precision": "int4", "quantise_head": True}, "--head quantise is for int8 and fp8"),

@@ -105,7 +105,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, tokenizer):
     cases = [
         (options(text=tmp_path / "missing.txt"), VOCAB, "cannot be read"),
         (options(text=empty), VOCAB, "holds no text"),
-        (options(text=one), VOCAB, "all are needed to test on"),
+        (options(text=one), VOCAB, "none is left to calibrate on"),
         (options(text=short), VOCAB, "at least 20 were expected"),
         (options(text=write(tmp_path / "text.txt", *range(9))), 5, "expected ids from 0 to 4"),
         (options(feeds=tmp_path / "none.npz"), VOCAB, "N and S above 0"),
