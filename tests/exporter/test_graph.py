@@ -196,9 +196,9 @@ def test_external_data_is_one_file_with_a_relative_name(tmp_path):
 
 def test_new_weights_never_overwrite_those_an_older_graph_refers_to(tmp_path):
     options = ExportOptions(external_data_bytes=0)
-    for seed in (0, 1):
-        save_tiny(tmp_path / f"{seed}.pt", seed=seed)
-        export_onnx(load_model(tmp_path / f"{seed}.pt"), tmp_path / "out", options)
+    for kind in ("product", "additive"):
+        save_tiny(tmp_path / f"{kind}.pt", kind=kind)
+        export_onnx(load_model(tmp_path / f"{kind}.pt"), tmp_path / "out", options)
         names = {p.name for p in (tmp_path / "out").iterdir()}
         assert len([n for n in names if n.endswith(".data")]) == 2  # one for each graph, the replaced ones are gone
         assert not any(n.startswith(".") for n in names)
