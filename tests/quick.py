@@ -45,7 +45,9 @@ def kept(trace: Callable[..., ir.Model]) -> Callable[..., ir.Model]:
         path = Path(os.environ[FOLDER], hashlib.sha256(repr(key).encode()).hexdigest())
         with FileLock(path.with_suffix(".lock")):
             if not path.is_file():
-                ir.save(trace(model, head, *args), path, format="protobuf")
+                made = path.with_suffix(".made")  # renamed when whole: processes of tests are killed
+                ir.save(trace(model, head, *args), made, format="protobuf")
+                made.rename(path)
             return ir.load(path, format="protobuf")
 
     return traced
