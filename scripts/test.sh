@@ -30,4 +30,4 @@ $run/ruff check .
 $run/ruff format --check .
 $run/mypy -p export_vq
 scripts/test_native.sh
-$run/pytest -n 2 --dist loadfile "$@"
+$run/pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

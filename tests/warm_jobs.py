@@ -1,7 +1,7 @@
 """The command line in processes that can be killed, limited and counted by the dozen.
 
-A fork server has everything imported, and the tiny Llama traced, before the first of them starts: seconds of computation
-that write no file. It has one thread, as a process with more cannot be forked safely.
+A fork server has everything imported, and the tiny Llama traced (quick.py), before the first of them starts: seconds of
+computation that write no file. It has one thread, as a process with more cannot be forked safely.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Callable
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -92,34 +91,17 @@ def _heed_permissions() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def _remembered(trace: Callable[..., Any]) -> Callable[..., Any]:
-    """The same trace, made once for each model, by the value of its weights."""
-    from export_vq.resume import fingerprint
-
-    made: dict[tuple[object, ...], Any] = {}
-
-    def traced(model: Any, *args: Any) -> Any:
-        key = (model.config.to_json_string(), fingerprint(model.state_dict()), args[2:])
-        if key not in made:
-            made[key] = trace(model, *args)
-        return made[key].clone()
-
-    return traced
-
-
 def _warm() -> None:
     import bundles
+    import quick
     import torch
     import tqdm
 
-    from export_vq import bench, graph, pipeline  # noqa: F401
+    from export_vq import pipeline  # noqa: F401
 
-    graph._trace = _remembered(graph._trace)
+    quick.install()
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # a thread otherwise, as importing onnxruntime is
-    # How long something takes is not the subject here.
-    bench.run_benchmark.__kwdefaults__.update(seconds=0.0, min_rounds=1)
-    bench.WARM_LOOP_SECONDS = 0.0
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         bundles.exported()
     assert len(os.listdir("/proc/self/task")) == 1

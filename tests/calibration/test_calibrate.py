@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from export_vq import manifest
+from export_vq import cli, manifest
 from export_vq.calibration import CalibrationOptions, calibrate
 from export_vq.calibration.counts import RANGES
 from export_vq.calibration.documents import read_material
@@ -254,18 +253,29 @@ def test_limits_hold_or_fail_one_by_one(text):
         assert len(failures(stats(**{name: float("nan")}), limits)) == 1
 
 
-def command(*args):
-    whole = [sys.executable, "-m", "export_vq.cli", *map(str, args)]
-    return subprocess.run(whole, capture_output=True, text=True, check=False)
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """(exit code, stdout, stderr) of `export-vq ARGS`."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["export-vq", *map(str, args)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(folder, text):
+def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(command, folder, text):
     manifest.seal(folder)
     small = ("--samples", 2, "--width", 24, "--test-tokens", 48, "--threads", 1, "--limit", 100)
-    done = command("calibrate", folder, "--text", text, "--precision", "fp8", *small)
-    assert done.returncode == 0, done.stderr
-    assert command("inspect", folder, "--verify").returncode == 0
-    assert command("inspect", folder / "fp8", "--verify").returncode == 0
+    code, _, stderr = command("calibrate", folder, "--text", text, "--precision", "fp8", *small)
+    assert code == 0, stderr
+    assert command("inspect", folder, "--verify")[0] == 0
+    assert command("inspect", folder / "fp8", "--verify")[0] == 0
     listed = manifest.read(folder / "fp8").files
     assert {"model.onnx", "dense.onnx", "calibration.json", "genai_config.json", "tokenizer.json"} <= set(listed)
     (folder / "fp8" / "config.json").write_text("{}")
@@ -274,20 +284,20 @@ def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(folder, text):
     assert len([line for line in manifest.verify(folder) if "extra" in line]) == len(listed)
 
 
-def test_the_command_s_exit_codes(folder, text):
+def test_the_command_s_exit_codes(command, folder, text):
     def run(*args):
         return command("calibrate", folder, "--text", text, *args)
 
     small = ("--samples", "2", "--width", "24", "--test-tokens", "48", "--threads", "1")
-    good = run("--precision", "w8", "--limit", "100", *small)
-    assert good.returncode == 0, good.stderr
-    assert "PASS" in good.stdout
-    bad = run("--precision", "int4", "--limit", "0", *small)
-    assert bad.returncode == 1
-    assert "FAIL" in bad.stdout
-    assert "mean KL is" in bad.stderr
+    code, stdout, stderr = run("--precision", "w8", "--limit", "100", *small)
+    assert code == 0, stderr
+    assert "PASS" in stdout
+    code, stdout, stderr = run("--precision", "int4", "--limit", "0", *small)
+    assert code == 1
+    assert "FAIL" in stdout
+    assert "mean KL is" in stderr
     assert (folder / "int4" / "calibration.json").is_file()
     assert manifest.verify(folder / "int4") == ()
-    refused = run("--precision", "w8", "--width", "60000000", "--keep-in-fp16", "nothing", *small[:2])
-    assert refused.returncode == 2
-    assert "no layer is called" in refused.stderr
+    code, _, stderr = run("--precision", "w8", "--width", "60000000", "--keep-in-fp16", "nothing", *small[:2])
+    assert code == 2
+    assert "no layer is called" in " ".join(stderr.split())

@@ -1,7 +1,7 @@
 """scripts/quantized.py from start to end, on a tiny model."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from checkpoints import save_tiny
 SCRIPT = Path(__file__).parents[2] / "scripts" / "quantized.py"
 
 
-def test_the_script_measures_all_precisions_with_both_heads_and_goes_on(tmp_path, text):
+def test_the_script_measures_all_precisions_with_both_heads_and_goes_on(tmp_path, text, capsys, monkeypatch):
     save_tiny(tmp_path / "model.pt")
     small = (
         "--samples",
@@ -27,9 +27,10 @@ def test_the_script_measures_all_precisions_with_both_heads_and_goes_on(tmp_path
         "auto:2",
     )
     places = ("--folder", tmp_path / "out", "-o", tmp_path / "rows.json", "--table", tmp_path / "table.md")
-    command = [sys.executable, SCRIPT, tmp_path / "model.pt", "--text", text, "--int4-eight", "auto:3", *small, *places]
-    first = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
+    command = [SCRIPT, tmp_path / "model.pt", "--text", text, "--int4-eight", "auto:3", *small, *places]
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "ranges" in capsys.readouterr().err
     made = json.loads((tmp_path / "rows.json").read_text())
     assert str(tmp_path) not in json.dumps(made)
     rows = {(row["precision"], row["head"]): row for row in made["rows"]}
@@ -41,8 +42,7 @@ def test_the_script_measures_all_precisions_with_both_heads_and_goes_on(tmp_path
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {name} | {head} |" in table for name, head in rows)
     assert table.count("target") == 4
-    again = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "ranges" not in again.stderr
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "ranges" not in capsys.readouterr().err
     kept = {(row["precision"], row["head"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert all(kept[key]["kl_mean"] == row["kl_mean"] for key, row in rows.items())

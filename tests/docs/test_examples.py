@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import documents
 import pytest
@@ -18,24 +17,27 @@ every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A VQ model, an ordinary one, and two texts."""
+    """A VQ model, an ordinary one, two texts, and an export-vq that wastes no time (tests/quick.py)."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny(folder / "model.pt", "llama", "product")
     save_dense(folder / "dense", "llama")
     sentences = "the cat and the hat sat on the mat, and that is all there is to it. "
     (folder / "text.txt").write_text(sentences * 100)
     (folder / "heldout.txt").write_text("that is the hat that the cat sat on, and there it is. " * 100)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "export-vq").write_text(f'#!/bin/sh\nexec {sys.executable} -m quick "$@"\n')
+    (folder / "bin" / "export-vq").chmod(0o755)
     return folder
 
 
 def run(name, world, *args):
     """Standard output of a script that must succeed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(world / "bin"), os.environ["PATH"]])
+    modules = os.pathsep.join(filter(None, [str(documents.ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         ["bash", FOLDER / name, *map(str, args)],
         cwd=world,
-        # Tiny matrices: threads would only wait for each other.
-        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PATH": path, "PYTHONPATH": modules},
         capture_output=True,
         text=True,
         check=False,

@@ -196,14 +196,15 @@ def test_external_data_is_one_file_with_a_relative_name(tmp_path):
 
 def test_new_weights_never_overwrite_those_an_older_graph_refers_to(tmp_path):
     options = ExportOptions(external_data_bytes=0)
-    for seed in (0, 1):
-        save_tiny(tmp_path / f"{seed}.pt", seed=seed)
-        export_onnx(load_model(tmp_path / f"{seed}.pt"), tmp_path / "out", options)
+    for kind in ("product", "additive"):
+        save_tiny(tmp_path / f"{kind}.pt", kind=kind)
+        export_onnx(load_model(tmp_path / f"{kind}.pt"), tmp_path / "out", options)
         names = {p.name for p in (tmp_path / "out").iterdir()}
         assert len([n for n in names if n.endswith(".data")]) == 2  # one for each graph, the replaced ones are gone
         assert not any(n.startswith(".") for n in names)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_caller_keeps_the_model_as_it_was(tmp_path):
     loaded = tiny_model("gpt2", "single")
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
@@ -211,6 +212,19 @@ def test_caller_keeps_the_model_as_it_was(tmp_path):
     assert loaded.model.lm_head is loaded.head
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_kept_trace_gives_the_graph_that_a_new_one_gives(tied, tmp_path, request):
+    """What the tests of this run look at (tests/quick.py) is what users get; that of another head serves as well."""
+    export_onnx(tiny_model("llama", "single", tied=tied), tmp_path, ExportOptions())
+    loaded, files = tiny_model("llama", "product", tied=tied), []
+    for name in ("kept", "anew"):
+        if name == "anew":
+            request.getfixturevalue("traced_anew")
+        export_onnx(loaded, tmp_path / name, ExportOptions())
+        files.append((tmp_path / name / "model.onnx").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.fixture(scope="module")

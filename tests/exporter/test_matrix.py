@@ -8,8 +8,7 @@ import sys
 import pytest
 from checkpoints import save_tiny
 
-from export_vq import cli, matrix, pipeline, quantised
-from export_vq.bench import run_benchmark
+from export_vq import cli, matrix
 from export_vq.calibration import CalibrationOptions
 from export_vq.decoding import DecodingOptions
 from export_vq.manifest import verify
@@ -40,11 +39,7 @@ def text(model):
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """(exit code, stdout, stderr) of `export-vq ARGS`, measured briefly; random weights feel every rounding, so within wide
-    limits."""
-    brief = functools.partial(run_benchmark, seconds=0.01, min_rounds=2)
-    monkeypatch.setattr(pipeline, "run_benchmark", brief)
-    monkeypatch.setattr(quantised, "run_benchmark", brief)
+    """(exit code, stdout, stderr) of `export-vq ARGS`; random weights feel every rounding, so within wide limits."""
     small = functools.partial(CalibrationOptions, samples=3, width=24, test_tokens=48, limit=100.0)
     monkeypatch.setattr(matrix, "CalibrationOptions", small)
 
