@@ -40,7 +40,7 @@ class CalibrationOptions:
         block: weights that share a scale ('int4', and 'w8' for ONNX Runtime), one of BLOCKS.
         rounding: of weights in 4 bits, one of ROUNDINGS: so that results on the calibration text change least, or each to
             the nearest number.
-        runtime: what the weight-only forms are for, one of RUNTIMES; int8 and fp8 are the same for both.
+        runtime: what the graph is for, one of RUNTIMES; fp8 is the same for both.
         keep: layers to leave as they are: 'auto:N' for the N most sensitive, or names, with commas, or
             beginnings or ends of names: model.layers.0, down_proj.
         eight: layers that 'int4' gives 8 bits, said as in `keep`.

@@ -94,7 +94,7 @@ def quantise(
         else:
             _replace_weight(model, layer, rounded(layer, asked, grid))
             if options.precision in TOP:
-                _round_input(model, layer, magnitudes, options.precision, pairs)
+                _round_input(model, layer, magnitudes, options, pairs)
     _drop_unused(model)
     return tuple(left)
 
@@ -109,13 +109,15 @@ def rounded(layer: Product, options: CalibrationOptions, grid: Callable[[Product
     return by_channel(weight, "int8" if options.precision == "w8" else options.precision)
 
 
-def round_trip(model: ir.Model, layer: Product, magnitude: float, precision: str, unique: str = "") -> ir.Value:
+def round_trip(
+    model: ir.Model, layer: Product, magnitude: float, precision: str, *, unique: str = "", moved: bool = False
+) -> ir.Value:
     """Insert a Q/DQ pair before a product: its input as `precision` holds it, one scale for all.
 
-    Names begin with the input's and end in `unique`.
+    Names begin with the input's and end in `unique`. `moved`: int8 as uint8 with a zero point of 128, the same numbers.
     """
     value, dtype = layer.activation, layer.dtype
-    zero = np.zeros((), _TYPES[precision])
+    zero = np.array(128, np.uint8) if moved and precision == "int8" else np.zeros((), _TYPES[precision])
     name = f"{value.name}.{precision}{unique}"
     scale = _constant(model, f"{name}.scale", _like(dtype, np.array(magnitude / TOP[precision], np.float32)))
     zero_point = _constant(model, f"{name}.zero", zero)
@@ -131,12 +133,19 @@ def round_trip(model: ir.Model, layer: Product, magnitude: float, precision: str
 
 
 def _round_input(
-    model: ir.Model, layer: Product, magnitudes: Mapping[str, float], precision: str, pairs: dict[str, ir.Value]
+    model: ir.Model,
+    layer: Product,
+    magnitudes: Mapping[str, float],
+    options: CalibrationOptions,
+    pairs: dict[str, ir.Value],
 ) -> None:
     """Products that share an input share the pair."""
     name = str(layer.activation.name)
     if name not in pairs:
-        pairs[name] = round_trip(model, layer, magnitudes[name], precision)
+        # ONNX Runtime (1.31) multiplies uint8 by int8. It moves int8 inputs itself, but not shared ones: their products would
+        # run in float32, with weights brought back at every step. TensorRT knows int8 only.
+        moved = options.runtime == "onnxruntime"
+        pairs[name] = round_trip(model, layer, magnitudes[name], options.precision, moved=moved)
     layer.node.replace_input_with(0, pairs[name])
 
 

@@ -53,7 +53,7 @@ from export_vq.terminal import Steps, console, mib, plain
     type=click.Choice(["onnxruntime", "tensorrt"]),
     default="onnxruntime",
     show_default=True,
-    help="What w8 and int4 are for: MatMulNBits, or DequantizeLinear in standard ONNX.",
+    help="What int8, w8 and int4 are for: uint8 inputs and MatMulNBits, or int8 inputs and DequantizeLinear.",
 )
 @click.option(
     "--keep-in-fp16",

@@ -41,9 +41,10 @@ class EngineSource:
         self.nodes = tuple(str(node.name) for node in nodes)
         if kind == "dense" and nodes:
             raise UserError(f"{path}: holds a {nodes[0].op_type} node, so it is no dense graph; give dense.onnx")
-        if any(node.op_type == "MatMulNBits" for node in self.model.graph):
+        foreign = _for_onnx_runtime(self.model)
+        if foreign:
             raise UserError(
-                f"{path}: was quantised for ONNX Runtime (its node MatMulNBits); run export-vq calibrate with --runtime tensorrt"
+                f"{path}: was quantised for ONNX Runtime (its {foreign}); run export-vq calibrate with --runtime tensorrt"
             )
         if kind != "dense":
             self._convert()
@@ -124,3 +125,11 @@ def _dtype(source: Path, model: ir.Model) -> str:
             f"{source}: {told.name} is {told.dtype}, expected float32, float16 or bfloat16; export it again"
         )
     return _DTYPES[told.dtype]
+
+
+def _for_onnx_runtime(model: ir.Model) -> str | None:
+    """What TensorRT has no equal of in a quantised graph."""
+    if any(node.op_type == "MatMulNBits" for node in model.graph):
+        return "node MatMulNBits"
+    moved = any(n.op_type == "QuantizeLinear" and n.outputs[0].dtype == ir.DataType.UINT8 for n in model.graph)
+    return "uint8 inputs of products" if moved else None

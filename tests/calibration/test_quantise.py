@@ -10,6 +10,7 @@ from export_vq.calibration.products import chosen, products
 from export_vq.calibration.quantise import needed_opset, quantise
 from export_vq.calibration.rounding import by_block, by_channel, packed
 from export_vq.calibration.smooth import smooth
+from export_vq.engine_source import EngineSource
 from export_vq.errors import UserError
 from export_vq.forms import read_graph
 from export_vq.quality.rivals import quantised as rival
@@ -50,6 +51,28 @@ def test_products_are_named_after_their_modules(exported):
         for n in part
     ]
     assert names == [*expected, "lm_head.codebook"]
+
+
+def test_onnx_runtime_multiplies_in_int8_whatever_products_share_an_input(exported, tmp_path):
+    """Where it does not, it brings the weights back at every step, and says nothing."""
+    path = tmp_path / "model.onnx"
+    ir.save(quantised(exported, options("int8")), path)
+    signature = signature_of(OnnxArtifact.load(exported / "model.onnx.json"))
+    with OrtRunner(path, signature, profiled=True) as runner:
+        runner.infer(feeds.prefill(signature, IDS, np.ones_like(IDS)))
+        ran = runner.node_times()
+    assert "model.layers.0.self_attn.q_proj" in ran
+    assert not [name for name in ran if "dequantise" in name]
+
+
+@pytest.mark.parametrize(
+    ("precision", "what"), [("int8", "uint8 inputs"), ("w8", "MatMulNBits"), ("int4", "MatMulNBits")]
+)
+def test_engines_are_not_built_of_what_is_for_onnx_runtime(exported, tmp_path, precision, what):
+    path = tmp_path / "model.onnx"
+    ir.save(quantised(exported, options(precision)), path)
+    with pytest.raises(UserError, match=f"was quantised for ONNX Runtime .its .*{what}.* with --runtime tensorrt"):
+        EngineSource(path, "vq-plain")
 
 
 def test_names_and_beginnings_of_names_are_kept(exported):
