@@ -148,6 +148,7 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> LoadedModel
     head = check_head(path, spec, tensors, dtype)
     check_tokenizer(path, spec.vocab_size, files)
     backbone = {name: value for name, value in tensors.items() if not name.startswith(contract.HEAD_PREFIX)}
+    del tensors
     model = _build(path, config, head, backbone, dtype)
     return LoadedModel(model, head, config, files, str(path), sha256(path), notes)
 
@@ -212,7 +213,10 @@ def load_dense(path: Path) -> LoadedModel:
 def _build(
     path: Path, config: dict[str, Any], head: VQHead, backbone: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Module:
-    """The transformers network with the head in place, in eval mode; every tensor accounted for."""
+    """The transformers network with the head in place, in eval mode; every tensor accounted for.
+
+    The tensors of `backbone` become the network's: a large model is never in memory twice.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -241,11 +245,21 @@ def _build(
     wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(contract.HEAD_PREFIX)}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     check_backbone(path, config["model_type"], wanted, backbone, ignored, dtype)
-    with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(backbone[name])
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    given: set[int] = set()
+    for name in wanted:
+        _give(own[name], backbone[name], given)
     convert(model, dtype)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _give(target: Tensor, source: Tensor, given: set[int]) -> None:
+    """Make `target` hold what `source` does, in its own type: in the same memory where that is all of it and not `given`
+    to another, else in a copy."""
+    memory = source.untyped_storage()
+    alone = source.is_contiguous() and memory.nbytes() == source.nbytes and memory.data_ptr() not in given
+    given.add(memory.data_ptr())
+    target.data = source.to(target.dtype) if alone else source.to(target.dtype, copy=True).contiguous()
 
 
 def tie_embedding(loaded: LoadedModel) -> LoadedModel:

@@ -88,6 +88,23 @@ def test_a_soft_mapping_is_hardened_and_says_so(tmp_path):
     assert torch.equal(loaded.head.codes, codes)
 
 
+def test_parameters_that_share_memory_in_the_file_are_apart_in_the_model(tmp_path):
+    """A tensor under two names, a part of a larger one, one turned over: training one must not move another."""
+    data = sound_data()
+    state = data["state_dict"]
+    first, second, part, turned = (f"model.layers.{i}.self_attn.{n}_proj.weight" for i in (0, 1) for n in ("q", "o"))
+    state[first], state[second] = (value := torch.randn_like(state[first])), value
+    state[part] = torch.stack([state[part], state[part]])[1]
+    state[turned] = state[turned].T.contiguous().T
+    write_pt(tmp_path, data)
+    found = dict(load_model(tmp_path / "model.pt").model.named_parameters())
+    for name in (first, second, part, turned):
+        assert torch.equal(found[name], state[name])
+        assert found[name].is_contiguous()
+        assert found[name].untyped_storage().nbytes() == found[name].nbytes
+    assert len({found[name].data_ptr() for name in (first, second, part, turned)}) == 4
+
+
 def test_the_input_embedding_of_a_tied_model_stays_dense(tmp_path):
     data = sound_data()
     data["config"]["tie_word_embeddings"] = True
