@@ -224,7 +224,12 @@ def test_ctrl_c_keeps_the_text_so_far(folder, tmp_path):
     (out / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**6}))
     command = [sys.executable, "-m", "export_vq.cli", "generate", out, "--prompt", "the hat", "--logit-bias", "1=-inf"]
     with subprocess.Popen(
-        [*map(str, command), "--max-new-tokens", "900000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*map(str, command), "--max-new-tokens", "900000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell ignore the signal, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         begin = process.stdout.read(20)
