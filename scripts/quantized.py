@@ -5,9 +5,10 @@
 
 Every graph is held against the fp32 graph with the same head, on text that nothing was calibrated on. The VQ head stays in
 fp32 (fp16 in the fp16 graphs), the dense head is quantised as the body is. FP8 is simulated on a CPU: its numbers are rounded to
-E4M3 and multiplied in float32, so its time means nothing and is not taken. The head's share is the time of
-its nodes, by the runtime's own profile, over that of a step that is not profiled. Every lot of timings holds the fp32 VQ graph too, and speeds are relative to that. What is
-calibrated and judged stays in --folder: a run that was stopped goes on there, and a repeated one measures only speeds anew.
+E4M3 and multiplied in float32, so its time means nothing and is not taken. The head's share is the time of its nodes, by the
+runtime's own profile, over that of a step that is not profiled. Every lot of timings holds the fp32 VQ graph too, and speeds
+are relative to that. What is calibrated and judged stays in --folder: a run that was stopped goes on there, and a repeated
+one measures only speeds anew.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_coun
       codes(static_cast<size_t>(blocks * BlockBytes()), 0) {
     for (int64_t v = 0; v < v_count; ++v) {
         for (int64_t m = 0; m < m_count; ++m) {
-            const int64_t at = ((v / kGroup) * m_count + m) * kGroup + v % kGroup;
+            const int64_t at = PlaceOf(v, m);
             const int32_t id = ids[v * m_count + m];
             if (code_bits == 8) {
                 codes[static_cast<size_t>(at)] = static_cast<uint8_t>(id);
@@ -65,9 +65,7 @@ PackedCodes::PackedCodes(const int32_t* ids, const float* biases, int64_t v_coun
 void PackedCodes::KeepByToken() {
     by_token.resize(static_cast<size_t>(vocab_size * num_codebooks));
     for (int64_t i = 0; i < vocab_size * num_codebooks; ++i) {
-        const int64_t v = i / num_codebooks, m = i % num_codebooks;
-        const int64_t at = ((v / kGroup) * num_codebooks + m) * kGroup + v % kGroup;
-        by_token[static_cast<size_t>(i)] = codes[static_cast<size_t>(at)];
+        by_token[static_cast<size_t>(i)] = codes[static_cast<size_t>(PlaceOf(i / num_codebooks, i % num_codebooks))];
     }
 }
 

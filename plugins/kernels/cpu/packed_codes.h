@@ -59,6 +59,8 @@ struct PackedCodes {
     }
 
 private:
+    // Of a token's id in `codes`.
+    int64_t PlaceOf(int64_t v, int64_t m) const { return (v / kGroup * num_codebooks + m) * kGroup + v % kGroup; }
     int64_t BlockBytes() const { return num_codebooks * kBlock * code_bits / 8; }
 };
 
