@@ -39,7 +39,13 @@ from export_vq.terminal import Steps, console, mib, plain
     help="How the range of an activation is chosen.",
 )
 @click.option("--samples", type=click.IntRange(1), default=32, show_default=True, help="Blocks to calibrate on.")
-@click.option("--width", type=click.IntRange(2), default=256, show_default=True, help="Tokens a block.")
+@click.option(
+    "--width",
+    type=click.IntRange(2),
+    default=256,
+    show_default=True,
+    help="Tokens a block, at most: no more than the model has positions.",
+)
 @click.option("--test-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Positions to test on.")
 @click.option(
     "--block",

@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 import pytest
+import torch
 from tensorrt_fixture import install_tensorrt
 
 from export_vq import engine_source, proof
@@ -12,6 +13,7 @@ from export_vq.engine import EngineOptions, build_engine
 from export_vq.engine_source import EngineSource
 from export_vq.errors import CheckFailed, UserError
 from export_vq.forms import read_graph
+from export_vq.plan import load_engine
 from export_vq.plugins.library import require_library
 from export_vq.quantised_products import QuantisedProduct
 from export_vq.trt import find_tensorrt, log
@@ -81,6 +83,23 @@ def test_what_tensorrt_did_not_quantise_is_not_kept(trt, folder, monkeypatch):  
     with pytest.raises(CheckFailed, match=r"15 int8 products were meant, .* in another type: node_matmul;"):
         build_engine(path, "vq-plain", folder / "engines", SMALL)
     assert not list((folder / "engines").rglob("*.plan"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_on_a_gpu_the_inspector_tells_the_same(trt, folder, precision):  # noqa: ARG001
+    meant = EngineSource(write(folder, precision), "vq-plain")
+    built = build_engine(meant.path, "vq-plain", folder / "engines", SMALL)
+    assert built.layers_from == "engine"  # the inspector's; what the builder's log told was checked before
+    build_engine(write(folder, precision, left=["model.layers.0.mlp.up_proj"]), "vq-plain", folder / "other", SMALL)
+    (sidecar,) = (folder / "other").rglob("vq-plain.json")
+    plan = load_engine(sidecar)
+    found = proof.engine_layers(plan.here.module, plan.engine)
+    with pytest.raises(
+        CheckFailed, match=r"the engine computes 1 of them in another type: model.layers.0.mlp.up_proj;"
+    ):
+        check(found, meant)
 
 
 def test_some_layers_in_8_bits_among_those_in_4(trt, folder):  # noqa: ARG001
