@@ -13,13 +13,15 @@ from typing import Any
 
 import click
 
-from export_vq.cli_bundle import print_bundle, serve_files
+from export_vq.cli_bundle import serve_files
 from export_vq.cli_calibrate import calibrate
 from export_vq.cli_generate import generate
+from export_vq.cli_inspect import doctor, inspect
+from export_vq.cli_make import compress, tune
 from export_vq.cli_matrix import OPTION, MatrixCommand, run_variants
-from export_vq.cli_native import build, plugins, print_engine
+from export_vq.cli_native import build, plugins
 from export_vq.errors import CheckFailed, UserError
-from export_vq.terminal import Steps, console, mib, plain, print_table, yes
+from export_vq.terminal import Steps, console, plain
 
 _QUIET = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 """Libraries keep quiet, as this tool shows its own progress, and never look for a model on the network."""
@@ -299,213 +301,8 @@ def check(model: Path, folder: Path, text: Path | None, positions: int, threads:
         raise CheckFailed("; ".join(failures))
 
 
-@cli.command()
-@_MODEL
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="UTF-8 text, or a folder of .txt files, like what the model will meet.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("model.pt"),
-    show_default=True,
-    help="model.pt, or a folder for Hugging Face form.",
-)
-@click.option(
-    "--kind",
-    type=click.Choice(["product", "single", "additive"]),
-    default="product",
-    show_default=True,
-    help="Head kind.",
-)
-@click.option(
-    "--num-codebooks",
-    type=click.IntRange(1),
-    help="M: code ids a token; default: the largest divisor of hidden_size up to a quarter of it, 8 for additive.",
-)
-@click.option("--num-codes", type=click.IntRange(1, 65536), help="K, codes per codebook; default: 256, 512 for single.")
-@click.option(
-    "--assign",
-    type=click.Choice(["random", "contiguous", "frequency", "kmeans", "weighted", "activation", "private"]),
-    default="private",
-    show_default=True,
-    help="Map of a single head that tuning starts from.",
-)
-@click.option("--balanced", is_flag=True, help="Single heads: no code has more than its share of tokens.")
-@click.option("--bias/--no-bias", default=True, show_default=True, help="A bias per token.")
-@click.option("--rotation/--no-rotation", default=True, show_default=True, help="Product heads: rotated coordinates.")
-@click.option(
-    "--calibration-tokens",
-    type=click.IntRange(256),
-    default=131072,
-    show_default=True,
-    help="How much of the text to run through the model.",
-)
-@click.option(
-    "--tune-tokens",
-    type=click.IntRange(0),
-    default=393216,
-    show_default=True,
-    help="Positions that tuning looks at, the same ones several times where the text is shorter; 0: no tuning.",
-)
-@click.option(
-    "--keep-tokens",
-    metavar="N|script:NAME|FILE",
-    help="Trim the vocabulary first: the N most frequent tokens of the text, those of a script such as script:latin, or "
-    "those that a file lists.",
-)
-@click.option("--tie-embedding", is_flag=True, help="Read the input embedding from the head: smaller on disk.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of clustering and tuning.")
-def compress(model: Path, text: Path, output: Path, **chosen: Any) -> None:
-    """Make a VQ-Logits model out of MODEL, a causal language model as a Hugging Face folder or a GGUF file."""
-    from export_vq.compress import CompressOptions
-    from export_vq.steps import compress_step
-
-    spec = compress_step(model, text, output, CompressOptions(**chosen), Steps())
-    click.echo(
-        f"{output}: {spec.kind} head, M={spec.num_codebooks}, K={spec.num_codes}, {spec.head_bytes() / 2**20:.1f} MiB in fp16, "
-        f"{spec.head_bytes() / spec.dense_bytes():.1%} of the dense head's {spec.dense_bytes() / 2**20:.1f} MiB"
-    )
-
-
-@cli.command()
-@_MODEL
-@click.option(
-    "--teacher",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The dense original, as a folder or GGUF file.",
-)
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="UTF-8 text, or a folder of .txt files, to tune on; a sixteenth of it is held out to judge by.",
-)
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("tuned.pt"), show_default=True, help="The result."
-)
-@click.option(
-    "--parts",
-    type=click.Choice(["last-layers", "lora", "all"]),
-    default="last-layers",
-    show_default=True,
-    help="What is tuned besides the head.",
-)
-@click.option("--last-layers", type=click.IntRange(0), default=2, show_default=True, help="Decoder layers to tune.")
-@click.option("--lora-rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of LoRA's additions.")
-@click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Optimiser steps.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Blocks of 256 tokens a step.")
-@click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of the backbone.")
-@click.option("--head-learning-rate", type=float, default=1e-3, show_default=True, help="Of the head.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="bf16: products in bfloat16, for GPUs and CPUs that have units for it.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the text.")
-def tune(model: Path, teacher: Path, text: Path, output: Path, **chosen: Any) -> None:
-    """Tune the VQ-Logits MODEL end to end towards its dense original; a run that was stopped goes on when repeated.
-
-    Several GPUs: accelerate launch -m export_vq.cli tune ...
-    """
-    from export_vq.steps import tune_step
-    from export_vq.tuning.options import FinetuneOptions
-
-    options = FinetuneOptions(**chosen, micro_batch_size=min(8, chosen["batch_size"]))
-    report = tune_step(model, teacher, text, output, options, Steps())
-    click.echo(
-        f"{output}: perplexity {report.perplexity_before:.2f} -> {report.perplexity_after:.2f} on the held-out part, "
-        f"{report.trained_numbers:,} numbers trained on {report.tokens:,} tokens"
-    )
-
-
-@cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--text",
-    type=click.Path(path_type=Path),
-    help="UTF-8 text: prints the lowest perplexity that the mapping allows on it.",
-)
-@click.option("--verify", is_flag=True, help="An output folder: compare every file with the manifest.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, text: Path | None, verify: bool, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint, an ONNX file, a TensorRT plan or an output folder."""
-    from export_vq.inspection import inspect_engine, inspect_path
-
-    if verify or (path / "manifest.json").is_file():
-        print_bundle(path, verify=verify, as_json=as_json)
-        return
-    if path.suffix == ".plan":
-        engine = inspect_engine(path)
-        if as_json:
-            click.echo(json.dumps(engine.to_json(), indent=1))
-        else:
-            print_engine(engine)
-        return
-    found = inspect_path(path, text)
-    if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1))
-        return
-    spec = found.spec
-    rows = [
-        ("what", f"{found.what}, {found.model_type}, {found.dtype}"),
-        ("file", mib(found.file_bytes)),
-        (
-            "head",
-            f"{spec.kind}: V={spec.vocab_size} D={spec.hidden_size} M={spec.num_codebooks} K={spec.num_codes}, bias: {yes(spec.has_bias)}, rotation: {yes(spec.has_rotation)}",
-        ),
-        (
-            "head numbers",
-            f"{spec.float_numbers:,} against {spec.dense_numbers:,} dense ({1 - spec.float_numbers / spec.dense_numbers:.1%} fewer)",
-        ),
-        (
-            "head bytes",
-            f"{mib(found.head_bytes)} against {mib(found.dense_head_bytes)} dense ({found.head_bytes / found.dense_head_bytes:.1%})",
-        ),
-        ("model bytes", f"{mib(found.model_bytes)} against {mib(found.dense_model_bytes)} with the dense head"),
-    ]
-    if spec.tie_embedding:
-        rows.append(("tied", "the input embedding is read from the head's own codes and codebooks"))
-    elif found.tied_embedding:
-        rows.append(
-            (
-                "tied",
-                "the input embedding stays dense, so nothing is saved on disk; bandwidth and time of the output layer are",
-            )
-        )
-    if found.dead_codes is not None:
-        rows.append(("unused codes", f"{found.dead_codes:,} of {spec.num_codebooks * spec.num_codes:,}"))
-    if found.floor is not None:
-        rows.append(("perplexity floor", f"{found.floor:.3f} on this text: no training of this mapping can go below"))
-    rows += [("note", note) for note in found.notes]
-    print_table(rows)
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(as_json: bool) -> None:
-    """What this machine has, what it lacks, and how to mend it."""
-    from export_vq.doctor import examine
-
-    findings = examine()
-    if as_json:
-        click.echo(json.dumps([finding.to_json() for finding in findings], indent=1))
-        return
-    print_table([(f"{f.state:8s}{f.subject}", f.detail + (f"  ->  {f.mend}" if f.mend else "")) for f in findings])
-
-
-cli.add_command(build)
-cli.add_command(calibrate)
-cli.add_command(generate)
-cli.add_command(plugins)
-cli.add_command(serve_files)
+for _command in (compress, tune, calibrate, generate, inspect, build, serve_files, plugins, doctor):
+    cli.add_command(_command)
 
 if __name__ == "__main__":
     main()

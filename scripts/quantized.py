@@ -167,8 +167,8 @@ def runner_of(
     )
 
 
-def head_inputs(model: ir.Model) -> list[str]:
-    """What the head reads of the backbone: all that depends on its constants is the head."""
+def read_by_the_head(model: ir.Model) -> list[str]:
+    """Values of the backbone: all that depends on the constants of the head is the head."""
     inside: set[ir.Value] = {v for name, v in model.graph.initializers.items() if name.startswith(HEAD_PREFIX)}
     read: dict[str, None] = {}
     for node in model.graph:
@@ -184,7 +184,7 @@ def head_ms(folder: Path, kind: str, args: argparse.Namespace, ids: NDArray[np.i
     """Milliseconds of the head's nodes in a decode step: those that the graph without its head does not have."""
     times = []
     full = read_graph(folder / FILES[kind])
-    with saved(with_outputs(full, head_inputs(full)), args.folder) as cut:
+    with saved(with_outputs(full, read_by_the_head(full)), args.folder) as cut:
         for file in (None, cut):
             with runner_of(folder, kind, args.folder, args.threads, file=file, profiled=True) as runner:
                 step = runner.bound(feeds.first_step(runner, ids))
