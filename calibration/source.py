@@ -12,7 +12,7 @@ from export_vq import forms, manifest
 from export_vq.calibration.options import HALF, CalibrationOptions
 from export_vq.calibration.products import check_unquantised, products
 from export_vq.calibration.quantise import needed_opset
-from export_vq.checkpoint import TOKENIZER_FILES, read_json
+from export_vq.checkpoint import TOKENIZER_FILES, positions_of, read_json
 from export_vq.errors import UserError
 from export_vq.files import sha256
 from export_vq.forms import read_graph
@@ -82,7 +82,7 @@ def open_source(folder: Path, options: CalibrationOptions) -> Source:
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
     config = read_json(folder / "config.json")
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or options.width
+    positions = positions_of(config) or options.width
     dense = read_graph(folder / "dense.onnx") if (folder / "dense.onnx").is_file() else None
     return Source(folder, artifact, graph, dense, Tokenizer.from_str(text), config, int(positions))
 

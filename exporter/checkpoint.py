@@ -249,6 +249,11 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     return found
 
 
+def positions_of(config: dict[str, Any]) -> Any:
+    """How many positions a Hugging Face config gives its model, unchecked; None where it is silent."""
+    return config.get("max_position_embeddings") or config.get("n_positions")
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file.
 

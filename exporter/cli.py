@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from export_vq.cli_bench import bench
 from export_vq.cli_bundle import serve_files
 from export_vq.cli_calibrate import calibrate
 from export_vq.cli_generate import generate
@@ -301,7 +302,7 @@ def check(model: Path, folder: Path, text: Path | None, positions: int, threads:
         raise CheckFailed("; ".join(failures))
 
 
-for _command in (compress, tune, calibrate, generate, inspect, build, serve_files, plugins, doctor):
+for _command in (compress, tune, calibrate, bench, generate, inspect, build, serve_files, plugins, doctor):
     cli.add_command(_command)
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from export_vq import forms
+from export_vq.checkpoint import positions_of
 from export_vq.engine import EngineOptions, build_engine, builder_versions, engine_folder
 from export_vq.engine_source import KINDS
 from export_vq.errors import UserError
@@ -59,8 +60,7 @@ def options_for(source: Path, options: EngineOptions) -> EngineOptions:
     """The options with the default profiles held to the model's own context, where a config.json beside it tells that."""
     config = (source if source.is_dir() else source.parent) / "config.json"
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        longest = told.get("max_position_embeddings") or told.get("n_positions")
+        longest = positions_of(json.loads(config.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
         return options
     known = isinstance(longest, int) and longest > 0

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from export_vq import contract
-from export_vq.checkpoint import TOKENIZER_FILES, read_checkpoint, read_json, tokenizer_files, write_checkpoint
+from export_vq.checkpoint import (
+    TOKENIZER_FILES,
+    positions_of,
+    read_checkpoint,
+    read_json,
+    tokenizer_files,
+    write_checkpoint,
+)
 from export_vq.embedding import VQEmbedding
 from export_vq.errors import UserError
 from export_vq.files import sha256
@@ -87,7 +94,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int:
         """How many positions the model has; 2048 where its config is silent."""
-        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048)
+        return int(positions_of(self.config) or 2048)
 
     @property
     def spec(self) -> HeadSpec:

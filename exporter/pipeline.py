@@ -315,8 +315,6 @@ class _Run:
         threads, dtype = self.options.threads, artifacts["vq"].dtype
         assert self.loaded.head is not None
         head = copy.deepcopy(self.loaded.head).to(TORCH_DTYPES[dtype])
-        files = {kind: self.bundle.folder / artifact.path for kind, artifact in artifacts.items()}
-        signatures = {kind: signature_of(artifact) for kind, artifact in artifacts.items()}
         with (
             tempfile.TemporaryDirectory() as scratch,
             head_workloads(
@@ -326,7 +324,7 @@ class _Run:
                 threads=threads,
                 output=self.options.export.head_output,
             ) as heads,
-            runners(files, signatures, threads, native=self._is_native(artifacts["vq"])) as models,
+            runners(self.bundle.folder, artifacts, threads, native=self._is_native(artifacts["vq"])) as models,
         ):
             step = step_workload(models, self._blocks(min(128, self.loaded.max_positions - 1), 1))
             backend = f"ONNX Runtime {version_of('onnxruntime')}"

@@ -24,7 +24,7 @@ from export_vq import forms, parity
 from export_vq.bench import device_name, run_benchmark
 from export_vq.bundle import Bundle
 from export_vq.calibration import CalibrationOptions, calibrate
-from export_vq.checkpoint import TOKENIZER_FILES, read_json
+from export_vq.checkpoint import TOKENIZER_FILES, positions_of, read_json
 from export_vq.errors import UserError
 from export_vq.feeds import Feeds, HeadTables, Signature
 from export_vq.files import write_text
@@ -264,7 +264,7 @@ def _write_ended(source: Path, target: Path, name: str, output: HeadOutput, form
 
 def _positions(bundle: Bundle) -> int:
     config = read_json(bundle.folder / "config.json")
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or parity.LONGEST)
+    return int(positions_of(config) or parity.LONGEST)
 
 
 def _record(bundle: Bundle, name: str) -> OnnxArtifact:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -47,7 +47,7 @@ def plain(error: BaseException) -> str:
     return str(error).replace("[", r"\[")
 
 
-def print_table(rows: list[tuple[str, str]]) -> None:
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     table = Table.grid(padding=(0, 2))
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))

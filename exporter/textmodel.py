@@ -14,7 +14,7 @@ from typing import Any
 
 from export_vq.backends import AUTO, longest_sequence, open_runner
 from export_vq.chat import ChatTemplate, has_template
-from export_vq.checkpoint import read_json, tokenizer_files
+from export_vq.checkpoint import positions_of, read_json, tokenizer_files
 from export_vq.decoding import DecodingOptions
 from export_vq.errors import UserError
 from export_vq.feeds import Closing
@@ -59,7 +59,7 @@ class TextModel(Closing):
         check_tokenizer(folder, artifact.spec.vocab_size, {"tokenizer.json": text})
         config = _read_dict(folder / "config.json")
         self.eos_ids = _eos_ids(folder, config)
-        self._positions = config.get("max_position_embeddings") or config.get("n_positions")
+        self._positions = positions_of(config)
         if self._positions is not None and type(self._positions) is not int:
             raise UserError(
                 f"{folder}/config.json: the number of positions is {shown(self._positions)}, expected a whole number; correct it"

@@ -17,7 +17,8 @@ from export_vq.graph import head_graph
 from export_vq.head import VQHead
 from export_vq.head_output import HeadOutput
 from export_vq.outputs import output_of
-from export_vq.runners import OrtRunner, native_library
+from export_vq.records import OnnxArtifact
+from export_vq.runners import OrtRunner, native_library, signature_of
 
 STOCK = "vq, stock ops"
 """The VQ head as stock ONNX Runtime runs it, timed beside the native kernel where that is built."""
@@ -88,17 +89,27 @@ def step_workload(named: dict[str, OrtRunner], ids: np.ndarray[Any, np.dtype[np.
 
 @contextmanager
 def runners(
-    files: dict[str, Path], signatures: dict[str, feeds.Signature], threads: int, *, native: bool
+    folder: Path, artifacts: dict[str, OnnxArtifact], threads: int, *, native: bool, bundle: Path | None = None
 ) -> Iterator[dict[str, OrtRunner]]:
-    """Runners of the files 'vq' and 'dense'; with `native` 'vq' is on our kernels, and on stock ops beside that."""
+    """Runners of a folder's graphs 'vq' and 'dense'; with `native` 'vq' is on our kernels, those that are built or those
+    of `bundle`, and on stock ops beside that."""
+    ways = {kind: (artifact, native and kind == "vq") for kind, artifact in artifacts.items()}
+    if native:
+        ways[STOCK] = (artifacts["vq"], False)
     with ExitStack() as stack:
-        named = {
-            k: stack.enter_context(OrtRunner(f, signatures[k], threads=threads, native=native and k == "vq"))
-            for k, f in files.items()
+        yield {
+            name: stack.enter_context(
+                OrtRunner(
+                    folder / artifact.path,
+                    signature_of(artifact),
+                    threads=threads,
+                    native=on_kernels,
+                    bundle=bundle,
+                    fuse_quantised=artifact.fusible,
+                )
+            )
+            for name, (artifact, on_kernels) in ways.items()
         }
-        if native:
-            named[STOCK] = stack.enter_context(OrtRunner(files["vq"], signatures["vq"], threads=threads, native=False))
-        yield named
 
 
 def bound(named: dict[str, OrtRunner], given: dict[str, feeds.Feeds]) -> dict[str, Callable[[], None]]:

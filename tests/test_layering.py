@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "choice_errors": {"feeds", "logit_errors", "ranking", "records"},
     "parity": {"choice_errors", "feeds", "generate", "logit_errors", "ranking", "records"},
     "bench": {"records"},
-    "workloads": {"bench", "feeds", "graph", "head", "head_output", "outputs", "runners"},
+    "workloads": {"bench", "feeds", "graph", "head", "head_output", "outputs", "records", "runners"},
     "bundle": {"errors", "files", "records"},
     "staging": {"errors", "files"},
     "manifest": {"checkpoint", "contract", "errors", "files", "plugins.library", "records", "staging"},
@@ -91,7 +91,7 @@ MAY_IMPORT = {
     },
     "device_kit": {"engine", "engine_source", "errors", "files", "plugins.library", "profiles", "records"},
     "engines": {
-        "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
+        "checkpoint", "engine", "engine_source", "errors", "files", "forms", "plugins.library", "progress", "records", "trt",
     },
     "plan": {"errors", "files", "manifest", "plugins.library", "records", "trt"},
     "trt_runner": {"errors", "feeds", "plan", "profiles", "records", "trt"},
@@ -137,10 +137,14 @@ MAY_IMPORT = {
         "bundle", "device_kit", "engine", "engines", "files", "load", "manifest", "plugins.build", "plugins.library",
         "profiles", "records", "steps", "terminal", "wording",
     },
+    "folder_bench": {
+        "bench", "checkpoint", "engine_steps", "errors", "progress", "records", "runners", "trt", "workloads",
+    },
+    "cli_bench": {"folder_bench", "records", "terminal", "wording"},
     "cli_make": {"compress", "steps", "terminal", "tuning"},
     "cli_inspect": {"cli_bundle", "cli_native", "doctor", "inspection", "terminal"},
     "cli": {
-        "bundle", "cli_bundle", "cli_calibrate", "cli_generate", "cli_inspect", "cli_make", "cli_matrix", "cli_native", "errors", "files", "graph",
+        "bundle", "cli_bench", "cli_bundle", "cli_calibrate", "cli_generate", "cli_inspect", "cli_make", "cli_matrix", "cli_native", "errors", "files", "graph",
         "load", "manifest", "pipeline", "report", "staging",
         "steps", "terminal", "wording",
     },
@@ -157,6 +161,7 @@ STANDARD_LIBRARY_ONLY = (
 )  # fmt: skip
 LIGHT = {
     "cli": {"click"},
+    "cli_bench": {"click"},
     "cli_bundle": {"click"},
     "cli_calibrate": {"click"},
     "cli_generate": {"click"},
