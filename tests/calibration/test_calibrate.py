@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import sys
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from commands import run
 
-from export_vq import cli, manifest
+from export_vq import manifest
 from export_vq.calibration import CalibrationOptions, calibrate
 from export_vq.calibration.counts import RANGES
 from export_vq.calibration.documents import read_material
@@ -253,29 +253,13 @@ def test_limits_hold_or_fail_one_by_one(text):
         assert len(failures(stats(**{name: float("nan")}), limits)) == 1
 
 
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """(exit code, stdout, stderr) of `export-vq ARGS`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["export-vq", *map(str, args)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(command, folder, text):
+def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(folder, text):
     manifest.seal(folder)
     small = ("--samples", 2, "--width", 24, "--test-tokens", 48, "--threads", 1, "--limit", 100)
-    code, _, stderr = command("calibrate", folder, "--text", text, "--precision", "fp8", *small)
+    code, _, stderr = run("calibrate", folder, "--text", text, "--precision", "fp8", *small)
     assert code == 0, stderr
-    assert command("inspect", folder, "--verify")[0] == 0
-    assert command("inspect", folder / "fp8", "--verify")[0] == 0
+    assert run("inspect", folder, "--verify")[0] == 0
+    assert run("inspect", folder / "fp8", "--verify")[0] == 0
     listed = manifest.read(folder / "fp8").files
     assert {"model.onnx", "dense.onnx", "calibration.json", "genai_config.json", "tokenizer.json"} <= set(listed)
     (folder / "fp8" / "config.json").write_text("{}")
@@ -284,20 +268,20 @@ def test_a_sealed_folder_verifies_with_what_was_quantised_in_it(command, folder,
     assert len([line for line in manifest.verify(folder) if "extra" in line]) == len(listed)
 
 
-def test_the_command_s_exit_codes(command, folder, text):
-    def run(*args):
-        return command("calibrate", folder, "--text", text, *args)
+def test_the_command_s_exit_codes(folder, text):
+    def quantised(*args):
+        return run("calibrate", folder, "--text", text, *args)
 
     small = ("--samples", "2", "--width", "24", "--test-tokens", "48", "--threads", "1")
-    code, stdout, stderr = run("--precision", "w8", "--limit", "100", *small)
+    code, stdout, stderr = quantised("--precision", "w8", "--limit", "100", *small)
     assert code == 0, stderr
     assert "PASS" in stdout
-    code, stdout, stderr = run("--precision", "int4", "--limit", "0", *small)
+    code, stdout, stderr = quantised("--precision", "int4", "--limit", "0", *small)
     assert code == 1
     assert "FAIL" in stdout
     assert "mean KL is" in stderr
     assert (folder / "int4" / "calibration.json").is_file()
     assert manifest.verify(folder / "int4") == ()
-    code, _, stderr = run("--precision", "w8", "--width", "60000000", "--keep-in-fp16", "nothing", *small[:2])
+    code, _, stderr = quantised("--precision", "w8", "--width", "60000000", "--keep-in-fp16", "nothing", *small[:2])
     assert code == 2
     assert "no layer is called" in " ".join(stderr.split())

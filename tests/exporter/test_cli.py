@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import DAMAGES, save_dense, save_tiny, tiny_model
+from commands import run
 
 from export_vq import cli
 from export_vq.compress import KINDS, CompressOptions
@@ -26,24 +27,12 @@ from export_vq.workloads import STOCK
 TEXT = "the cat and the hat sat on the mat, and that is all there is to it. " * 200
 
 
-def run(capsys, monkeypatch, *args):
-    """(exit code, stdout, stderr) of `export-vq ARGS`."""
-    monkeypatch.setattr(sys, "argv", ["export-vq", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name.replace(" ", "-"))
-def test_damaged_input_is_exit_code_2_one_sentence_and_no_output(damage, tmp_path, capsys, monkeypatch):
+def test_damaged_input_is_exit_code_2_one_sentence_and_no_output(damage, tmp_path):
     (tmp_path / "in").mkdir()
     path = damage.make(tmp_path / "in")
     out = tmp_path / "out"
-    code, stdout, stderr = run(capsys, monkeypatch, path, "-o", out)
+    code, stdout, stderr = run(path, "-o", out)
     assert code == 2
     assert stdout == ""
     message = [line for line in stderr.splitlines() if line.startswith("error:")]
@@ -63,7 +52,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch):
+def test_main_job_then_again_with_everything_skipped(world):
     out = world / "out"
     args = (
         world / "model.pt",
@@ -76,7 +65,7 @@ def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch)
         "--baseline",
         world / "dense",
     )
-    code, stdout, stderr = run(capsys, monkeypatch, *args)
+    code, stdout, stderr = run(*args)
     assert code == 0, stderr
     assert "PASS" in stdout
     report = RunReport.load(out / "report.json")
@@ -102,7 +91,7 @@ def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch)
     assert not list(out.rglob(".*"))
     page = (out / "report.html").read_text()
 
-    code, _, stderr = run(capsys, monkeypatch, *args)
+    code, _, stderr = run(*args)
     assert code == 0
     steps = [line for line in stderr.splitlines() if "✓" in line]
     assert steps
@@ -111,10 +100,10 @@ def test_main_job_then_again_with_everything_skipped(world, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(("output", "rest"), [("topk", ("--top-k", "5", "--last-token")), ("sample", ())])
-def test_main_job_and_check_of_a_graph_that_chooses(output, rest, world, tmp_path, capsys, monkeypatch):
+def test_main_job_and_check_of_a_graph_that_chooses(output, rest, world, tmp_path):
     out = tmp_path / "out"
     few = ("--positions", "256")
-    code, stdout, stderr = run(capsys, monkeypatch, world / "model.pt", "-o", out, "--output", output, *rest, *few)
+    code, stdout, stderr = run(world / "model.pt", "-o", out, "--output", output, *rest, *few)
     assert code == 0, stderr
     report = RunReport.load(out / "report.json")
     assert {artifact.output for artifact in report.artifacts} == {output}
@@ -126,20 +115,20 @@ def test_main_job_and_check_of_a_graph_that_chooses(output, rest, world, tmp_pat
     assert f"largest {'value' if output == 'topk' else 'log-probability'} error" in stdout
     assert "draws" in (out / "report.html").read_text() or output == "topk"
 
-    code, stdout, stderr = run(capsys, monkeypatch, "check", world / "model.pt", out, *few)
+    code, stdout, stderr = run("check", world / "model.pt", out, *few)
     assert code == 0, stderr
     said = "32/32 greedy tokens" if output == "topk" else "draws decided by rounding"
     assert [said in line and line.startswith("PASS") for line in stdout.splitlines()] == [True, True]
 
 
-def test_build_keeps_what_the_graphs_of_the_folder_give(world, capsys, monkeypatch, tmp_path):
+def test_build_keeps_what_the_graphs_of_the_folder_give(world, monkeypatch, tmp_path):
     """Also where they are exported anew, in another type. The engines themselves are tests/exporter/test_engine.py's."""
     monkeypatch.setattr("export_vq.engines.build_engines", lambda *_: ({}, []))
     given = ("--output", "topk", "--top-k", "7", "--last-token")
-    assert run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path, "--dtype", "fp16", *given)[0] == 0
+    assert run("export", world / "model.pt", "-o", tmp_path, "--dtype", "fp16", *given)[0] == 0
     for dtype, again in (("fp16", False), ("fp32", True)):
         build = ("build", world / "model.pt", "-o", tmp_path, "--dtype", dtype)
-        code, _, stderr = run(capsys, monkeypatch, *build)
+        code, _, stderr = run(*build)
         assert code == 0
         assert ("unchanged, skipped" in stderr) != again
         for name in ("model.onnx.json", "dense.onnx.json"):
@@ -147,31 +136,29 @@ def test_build_keeps_what_the_graphs_of_the_folder_give(world, capsys, monkeypat
             assert (found.output, found.top_k, found.last_token, found.dtype) == ("topk", 7, True, dtype)
 
 
-def test_changed_input_is_not_skipped(capsys, monkeypatch, tmp_path):
+def test_changed_input_is_not_skipped(tmp_path):
     out = tmp_path / "out"
     for bias, expected in ((True, False), (True, True), (False, False)):
         save_tiny(tmp_path / "model.pt", "llama", "product", bias=bias)
-        code, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out)
+        code, _, stderr = run("export", tmp_path / "model.pt", "-o", out)
         assert code == 0
         assert ("unchanged, skipped" in stderr) == expected
-    _, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out, "--external-data-mb", "0")
+    _, _, stderr = run("export", tmp_path / "model.pt", "-o", out, "--external-data-mb", "0")
     assert "unchanged, skipped" not in stderr
     (out / "model.onnx").write_bytes(b"damaged")
-    _, _, stderr = run(capsys, monkeypatch, "export", tmp_path / "model.pt", "-o", out)
+    _, _, stderr = run("export", tmp_path / "model.pt", "-o", out)
     assert "unchanged, skipped" not in stderr
 
 
-def test_without_text_and_baseline_what_was_not_done_is_named(world, capsys, monkeypatch, tmp_path):
-    code, stdout, _ = run(
-        capsys, monkeypatch, world / "model.pt", "-o", tmp_path / "out", "--positions", "256", "--json"
-    )
+def test_without_text_and_baseline_what_was_not_done_is_named(world, tmp_path):
+    code, stdout, _ = run(world / "model.pt", "-o", tmp_path / "out", "--positions", "256", "--json")
     assert code == 0
     report = RunReport.from_json(json.loads(stdout))
     assert any("give a text with --text FILE" in line for line in report.not_done)
     assert any("--baseline" in line for line in report.not_done)
 
 
-def test_a_model_with_few_positions_is_not_driven_past_them(world, capsys, monkeypatch, tmp_path):
+def test_a_model_with_few_positions_is_not_driven_past_them(world, tmp_path):
     save_dense(tmp_path / "dense", "gpt2", tied=True)
     save_tiny(tmp_path / "model.pt", "gpt2", "single")  # 64 learned positions
     args = (
@@ -183,21 +170,21 @@ def test_a_model_with_few_positions_is_not_driven_past_them(world, capsys, monke
         "--baseline",
         tmp_path / "dense",
     )
-    code, stdout, stderr = run(capsys, monkeypatch, *args, "--positions", "256", "--prompt", "the cat")
+    code, stdout, stderr = run(*args, "--positions", "256", "--prompt", "the cat")
     assert code == 0, stderr
     assert "PASS" in stdout
 
 
-def test_check_fails_with_exit_code_1_when_the_graph_is_of_another_model(world, capsys, monkeypatch, tmp_path):
+def test_check_fails_with_exit_code_1_when_the_graph_is_of_another_model(world, tmp_path):
     out = tmp_path / "out"
-    assert run(capsys, monkeypatch, "export", world / "model.pt", "-o", out)[0] == 0
-    code, stdout, _ = run(capsys, monkeypatch, "check", world / "model.pt", out, "--positions", "256")
+    assert run("export", world / "model.pt", "-o", out)[0] == 0
+    code, stdout, _ = run("check", world / "model.pt", out, "--positions", "256")
     assert code == 0
     assert stdout.count("PASS") == 2
     loaded = load_model(world / "model.pt")
     loaded.head.codes[11, 0] = (loaded.head.codes[11, 0] + 1) % loaded.spec.num_codes
     save_model(loaded, tmp_path / "other.pt")
-    code, stdout, stderr = run(capsys, monkeypatch, "check", tmp_path / "other.pt", out, "--positions", "256")
+    code, stdout, stderr = run("check", tmp_path / "other.pt", out, "--positions", "256")
     assert code == 1
     assert "FAIL" in stdout
     assert "largest logit error" in stderr
@@ -205,40 +192,40 @@ def test_check_fails_with_exit_code_1_when_the_graph_is_of_another_model(world, 
 
 
 @pytest.mark.parametrize("model", ["dense", "dense.gguf"])
-def test_compress_refuses_what_is_no_model(world, capsys, monkeypatch, tmp_path, model):
+def test_compress_refuses_what_is_no_model(world, tmp_path, model):
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense.gguf").write_bytes(b"GGUF but no more")
     output = tmp_path / "model.pt"
-    code, _, stderr = run(capsys, monkeypatch, "compress", tmp_path / model, "--text", world / "text.txt", "-o", output)
+    code, _, stderr = run("compress", tmp_path / model, "--text", world / "text.txt", "-o", output)
     assert code == 2
     assert f"error: {tmp_path / model}" in stderr
     assert not output.exists()
 
 
-def test_compress_makes_a_checkpoint_the_main_job_takes(world, capsys, monkeypatch, tmp_path):
+def test_compress_makes_a_checkpoint_the_main_job_takes(world, tmp_path):
     output = tmp_path / "model.pt"
     args = ("compress", world / "dense", "--text", world / "text.txt", "-o", output, "--num-codes", "16")
-    code, stdout, stderr = run(capsys, monkeypatch, *args)
+    code, stdout, stderr = run(*args)
     assert code == 0, stderr
     assert "product head, M=8, K=16" in stdout
     assert load_model(output).tied_embedding
-    _, stdout, _ = run(capsys, monkeypatch, "inspect", output)
+    _, stdout, _ = run("inspect", output)
     assert "nothing is saved on disk" in stdout
-    code, stdout, stderr = run(capsys, monkeypatch, *args)
+    code, stdout, stderr = run(*args)
     assert code == 0
     assert "unchanged, skipped" in stderr
-    code, _, _ = run(capsys, monkeypatch, output, "-o", tmp_path / "out", "--positions", "256")
+    code, _, _ = run(output, "-o", tmp_path / "out", "--positions", "256")
     assert code == 0
 
 
-def test_inspect_says_what_a_checkpoint_and_a_graph_are(world, capsys, monkeypatch, tmp_path):
-    code, stdout, _ = run(capsys, monkeypatch, "inspect", world / "model.pt", "--text", world / "text.txt")
+def test_inspect_says_what_a_checkpoint_and_a_graph_are(world, tmp_path):
+    code, stdout, _ = run("inspect", world / "model.pt", "--text", world / "text.txt")
     assert code == 0
     assert "product: V=97 D=32 M=4 K=16, bias: yes, rotation: yes" in stdout
     assert "perplexity floor" in stdout
     assert "nothing is saved on disk" not in stdout  # this one is not tied
-    run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path / "out", "--external-data-mb", "0")
-    code, stdout, _ = run(capsys, monkeypatch, "inspect", tmp_path / "out" / "model.onnx", "--json")
+    run("export", world / "model.pt", "-o", tmp_path / "out", "--external-data-mb", "0")
+    code, stdout, _ = run("inspect", tmp_path / "out" / "model.onnx", "--json")
     assert code == 0
     found = json.loads(stdout)
     spec = load_model(world / "model.pt").spec
@@ -247,7 +234,7 @@ def test_inspect_says_what_a_checkpoint_and_a_graph_are(world, capsys, monkeypat
     model = load_model(world / "model.pt").model
     assert abs(found["numbers"] - sum(p.numel() for p in model.parameters())) < 100
     next((tmp_path / "out").glob("model.*.data")).unlink()
-    code, _, stderr = run(capsys, monkeypatch, "inspect", tmp_path / "out" / "model.onnx")
+    code, _, stderr = run("inspect", tmp_path / "out" / "model.onnx")
     assert code == 2
     assert "its weights file" in stderr
 
@@ -262,33 +249,31 @@ def test_inspect_says_what_a_checkpoint_and_a_graph_are(world, capsys, monkeypat
         (["nowhere.pt"], "nowhere.pt: no such file or folder"),
     ],
 )
-def test_usage_errors_are_exit_code_2(capsys, monkeypatch, args, words, tmp_path):
+def test_usage_errors_are_exit_code_2(monkeypatch, args, words, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, stderr = run(capsys, monkeypatch, *args)
+    code, _, stderr = run(*args)
     assert code == 2
     assert words in stderr
     assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("option", ["--text", "--baseline"])
-def test_a_missing_file_is_named_before_any_work_is_done(world, capsys, monkeypatch, tmp_path, option):
-    code, _, stderr = run(
-        capsys, monkeypatch, world / "model.pt", "-o", tmp_path / "out", option, tmp_path / "nowhere.txt"
-    )
+def test_a_missing_file_is_named_before_any_work_is_done(world, tmp_path, option):
+    code, _, stderr = run(world / "model.pt", "-o", tmp_path / "out", option, tmp_path / "nowhere.txt")
     assert code == 2
     assert "nowhere.txt" in stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_debug_prints_the_traceback(capsys, monkeypatch):
-    code, _, stderr = run(capsys, monkeypatch, "nowhere.pt", "--debug")
+def test_debug_prints_the_traceback():
+    code, _, stderr = run("nowhere.pt", "--debug")
     assert code == 2
     assert "Traceback" in stderr
 
 
-def test_a_folder_that_cannot_be_made_is_named(world, capsys, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(world, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    code, _, stderr = run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path / "file" / "out")
+    code, _, stderr = run("export", world / "model.pt", "-o", tmp_path / "file" / "out")
     assert code == 2
     assert "file/out" in stderr.replace("\n", "")
 
@@ -341,9 +326,9 @@ def test_a_command_that_needs_more_says_what_to_install(tmp_path):
     assert "pip install -c constraints.txt" in done.stderr
 
 
-def test_onnxruntime_alone_runs_the_file_as_hugging_face_users_would(world, capsys, monkeypatch, tmp_path):
+def test_onnxruntime_alone_runs_the_file_as_hugging_face_users_would(world, tmp_path):
     """Names and shapes are the convention's; nothing of this project is imported."""
-    run(capsys, monkeypatch, "export", world / "model.pt", "-o", tmp_path / "out")
+    run("export", world / "model.pt", "-o", tmp_path / "out")
     program = textwrap.dedent("""
         import sys, numpy as np, onnxruntime as ort
         session = ort.InferenceSession(sys.argv[1])
@@ -369,18 +354,14 @@ def test_onnxruntime_alone_runs_the_file_as_hugging_face_users_would(world, caps
     assert done.stdout.split("\n")[0] == f"(1, 4, 97) (1, 2, 4, 8) {expected}"
 
 
-def test_tune_goes_from_a_checkpoint_to_a_better_one(world, capsys, monkeypatch, tmp_path):
+def test_tune_goes_from_a_checkpoint_to_a_better_one(world, tmp_path):
     save_dense(tmp_path / "dense", "llama", tied=True)
     small = ("--num-codes", "8", "--tune-tokens", "0", "--calibration-tokens", "512")
     text = world / "text.txt"
-    code, _, stderr = run(
-        capsys, monkeypatch, "compress", tmp_path / "dense", "--text", text, "-o", tmp_path / "model.pt", *small
-    )
+    code, _, stderr = run("compress", tmp_path / "dense", "--text", text, "-o", tmp_path / "model.pt", *small)
     assert code == 0, stderr
     args = ("tune", tmp_path / "model.pt", "--teacher", tmp_path / "dense", "--text", text, "-o", tmp_path / "tuned.pt")
     code, stdout, stderr = run(
-        capsys,
-        monkeypatch,
         *args,
         "--steps",
         "6",
@@ -400,16 +381,16 @@ def test_tune_goes_from_a_checkpoint_to_a_better_one(world, capsys, monkeypatch,
     assert not list(tmp_path.glob(".tuned*"))  # the state of the run is gone
 
 
-def test_tune_on_a_short_text_is_refused(world, capsys, monkeypatch, tmp_path):
+def test_tune_on_a_short_text_is_refused(world, tmp_path):
     (tmp_path / "short.txt").write_text("the cat and the hat. " * 9)
     args = ("tune", world / "model.pt", "--teacher", world / "dense", "--text", tmp_path / "short.txt")
-    code, _, stderr = run(capsys, monkeypatch, *args, "-o", tmp_path / "tuned.pt")
+    code, _, stderr = run(*args, "-o", tmp_path / "tuned.pt")
     assert code == 2
     assert "give a longer text" in stderr
     assert not list(tmp_path.glob("*tuned*"))
 
 
-def test_compress_options_reach_the_checkpoint(world, capsys, monkeypatch, tmp_path):
+def test_compress_options_reach_the_checkpoint(world, tmp_path):
     output = tmp_path / "model.pt"
     args = (
         "compress",
@@ -424,17 +405,17 @@ def test_compress_options_reach_the_checkpoint(world, capsys, monkeypatch, tmp_p
         "16",
     )
     more = ("--assign", "frequency", "--tune-tokens", "0", "--tie-embedding", "--keep-tokens", "script:latin")
-    code, _, stderr = run(capsys, monkeypatch, *args, *more)
+    code, _, stderr = run(*args, *more)
     assert code == 0, stderr
     spec = load_model(output).spec
     assert (spec.kind, spec.num_codes, spec.tie_embedding) == ("single", 16, True)
-    code, stdout, _ = run(capsys, monkeypatch, "inspect", output)
+    code, stdout, _ = run("inspect", output)
     assert code == 0
     assert "0 of 16" in stdout
     assert "read from the head's own codes" in stdout
 
 
-def test_compress_again_when_the_list_of_tokens_changed(world, capsys, monkeypatch, tmp_path):
+def test_compress_again_when_the_list_of_tokens_changed(world, tmp_path):
     """The file's name is the same, so only its content can tell."""
     output, kept = tmp_path / "model.pt", tmp_path / "keep.txt"
     sizes = (("--num-codes", "8"), ("--num-codebooks", "2"), ("--tune-tokens", "0"))
@@ -442,7 +423,7 @@ def test_compress_again_when_the_list_of_tokens_changed(world, capsys, monkeypat
     skipped = []
     for tokens in (range(40), range(50), range(50)):
         kept.write_text("\n".join(map(str, tokens)))
-        code, _, stderr = run(capsys, monkeypatch, *args, *(word for pair in sizes for word in pair))
+        code, _, stderr = run(*args, *(word for pair in sizes for word in pair))
         assert code == 0, stderr
         skipped.append("unchanged" in stderr)
     assert skipped == [False, False, True]

@@ -1,42 +1,27 @@
 """`export-vq inspect FOLDER --verify`: exit code 1 and the files' names when a folder is not what its manifest lists."""
 
 import json
-import sys
 
+import commands
 import pytest
 from checkpoints import save_tiny
 
-from export_vq import cli
 
-
-@pytest.fixture
-def run(capsys, monkeypatch):
+def run(*args):
     """(exit code, stdout, stderr) of `export-vq ARGS`, each with single spaces."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["export-vq", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "300")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *(" ".join(text.split()) for text in capsys.readouterr())
-
-    return run
+    code, *texts = commands.run(*args)
+    return code, *(" ".join(text.split()) for text in texts)
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_tiny(folder / "model.pt", "llama")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export-vq", "export", str(folder / "model.pt"), "-o", str(folder / "out")])
-        cli.main()
+    run("export", folder / "model.pt", "-o", folder / "out")
     return folder / "out"
 
 
-def test_export_leaves_a_sealed_folder_that_says_what_it_holds(run, out):
+def test_export_leaves_a_sealed_folder_that_says_what_it_holds(out):
     code, stdout, _ = run("inspect", out)
     assert code == 0
     assert "contract com.vqlogits 1" in stdout
@@ -47,7 +32,7 @@ def test_export_leaves_a_sealed_folder_that_says_what_it_holds(run, out):
     assert "verified every file is as the manifest lists it" in stdout
 
 
-def test_differences_are_exit_code_1_with_every_file_named(run, out):
+def test_differences_are_exit_code_1_with_every_file_named(out):
     (out / "extra.txt").write_text("x")
     config = (out / "config.json").read_text()
     (out / "config.json").write_text(config + " ")
@@ -67,7 +52,7 @@ def test_differences_are_exit_code_1_with_every_file_named(run, out):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_folder_without_a_manifest_is_refused(run, tmp_path, there):
+def test_a_folder_without_a_manifest_is_refused(tmp_path, there):
     code, _, stderr = run("inspect", tmp_path if there else tmp_path / "nowhere", "--verify")
     assert code == 2
     assert "holds no manifest.json" in stderr

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 
+import commands
 import pytest
 import torch
 from checkpoints import tiny_model
 
-from export_vq import cli
 from export_vq.bundle import Bundle
 from export_vq.decoding import DecodingOptions
 from export_vq.generate import stream
@@ -32,19 +32,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, folder):
+def run(folder):
     """(exit code, stdout, stderr) of `export-vq generate FOLDER ARGS`."""
-
-    def run(*args, folder=folder):
-        monkeypatch.setattr(sys, "argv", ["export-vq", "generate", str(folder), *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda *args, folder=folder: commands.run("generate", folder, *args)
 
 
 def test_greedy_text_is_what_transformers_writes(run):

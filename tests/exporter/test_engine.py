@@ -1,7 +1,5 @@
 """Engines built by NVIDIA's own parser and builder, with no GPU: all kinds, what is proven of them, and every refusal."""
 
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -18,9 +16,10 @@ import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import save_tiny, tiny_head, tiny_model
+from commands import run
 from tensorrt_fixture import install_tensorrt
 
-from export_vq import cli, contract, proof, trt_runner
+from export_vq import contract, proof, trt_runner
 from export_vq.build_progress import Phases
 from export_vq.engine import EngineOptions, build_engine
 from export_vq.errors import CheckFailed, UserError
@@ -49,19 +48,6 @@ def library():
         return require_library("vq_trt").path
     except UserError as missing:
         pytest.skip(str(missing))
-
-
-def run(*args):
-    """(exit code, stdout, stderr) of `export-vq ARGS`."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["export-vq", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

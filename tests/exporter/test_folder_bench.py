@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from checkpoints import save_tiny
+from commands import run
 
-from export_vq import cli
 from export_vq.folder_bench import bench_folder
 from export_vq.graph import ExportOptions, export_onnx
 from export_vq.runners import native_library
@@ -18,21 +17,9 @@ from export_vq.workloads import STOCK
 WAYS = {"vq", "dense"} | ({STOCK} if native_library() is not None else set())
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
+def bench(*args):
     """(exit code, stdout, stderr) of `export-vq bench ARGS`."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["export-vq", "bench", "--seconds", "0.001", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "300")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+    return run("bench", "--seconds", 0.001, *args)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +27,7 @@ def exported(tmp_path_factory):
     """What export wrote, copied away from its checkpoint."""
     folder = tmp_path_factory.mktemp("exported")
     save_tiny(folder / "model.pt", "llama")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export-vq", "export", str(folder / "model.pt"), "-o", str(folder / "out")])
-        cli.main()
+    run("export", folder / "model.pt", "-o", folder / "out")
     (folder / "model.pt").unlink()
     return (folder / "out").rename(folder / "moved")
 
@@ -52,8 +37,8 @@ def folder(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "out")
 
 
-def test_a_step_of_every_graph_is_timed_in_every_way(run, exported):
-    code, stdout, _ = run(exported, "--json", "--context", 40, "--threads", 1)
+def test_a_step_of_every_graph_is_timed_in_every_way(exported):
+    code, stdout, _ = bench(exported, "--json", "--context", 40, "--threads", 1)
     assert code == 0
     (report,) = json.loads(stdout)
     assert (report["threads"], report["dtype"]) == (1, "fp32")
@@ -61,8 +46,8 @@ def test_a_step_of_every_graph_is_timed_in_every_way(run, exported):
     assert all(0 < t["min_ms"] <= t["median_ms"] <= t["p99_ms"] for t in report["timings"])
 
 
-def test_the_table_has_tokens_per_second_and_a_sentence_says_whether_vq_helps(run, exported):
-    code, stdout, _ = run(exported, "--context", 16)
+def test_the_table_has_tokens_per_second_and_a_sentence_says_whether_vq_helps(exported):
+    code, stdout, _ = bench(exported, "--context", 16)
     assert code == 0
     lines = [line.split("  ") for line in stdout.splitlines()]
     rows = [[cell.strip() for cell in line if cell.strip()] for line in lines]
@@ -73,10 +58,10 @@ def test_the_table_has_tokens_per_second_and_a_sentence_says_whether_vq_helps(ru
     assert "the speed of the same with the full softmax head" in stdout
 
 
-def test_a_folder_without_the_dense_twin_is_timed_alone(run, folder):
+def test_a_folder_without_the_dense_twin_is_timed_alone(folder):
     for file in folder.glob("dense.*"):
         file.unlink()
-    code, stdout, _ = run(folder, "--json")
+    code, stdout, _ = bench(folder, "--json")
     assert code == 0
     assert {t["runner"] for t in json.loads(stdout)[0]["timings"]} == WAYS - {"dense"}
 
@@ -94,18 +79,18 @@ def test_fewer_bits_are_timed_as_they_are(folder, tmp_path):
     assert {t.runner for t in report.timings} == WAYS
 
 
-def test_what_cannot_be_timed_is_told(run, folder, tmp_path):
-    code, _, stderr = run(folder, "--context", 10**6)
+def test_what_cannot_be_timed_is_told(folder, tmp_path):
+    code, _, stderr = bench(folder, "--context", 10**6)
     assert code == 2
     assert "--context is 1000000, expected less than the model's" in stderr
-    code, _, stderr = run(tmp_path)
+    code, _, stderr = bench(tmp_path)
     assert code == 2
     assert "holds no model.onnx" in stderr
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     export_onnx(save_tiny(tmp_path / "model.pt", "llama"), plugin, ExportOptions(form="plugin"))
     shutil.copy(folder / "config.json", plugin)
-    code, _, stderr = run(plugin)
+    code, _, stderr = bench(plugin)
     assert code == 2
     assert "plugin form, which TensorRT alone runs, and there is no engine" in stderr
 

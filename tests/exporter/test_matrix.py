@@ -3,12 +3,12 @@
 import functools
 import json
 import random
-import sys
 
 import pytest
 from checkpoints import save_tiny
+from commands import run
 
-from export_vq import cli, matrix
+from export_vq import matrix
 from export_vq.calibration import CalibrationOptions
 from export_vq.decoding import DecodingOptions
 from export_vq.manifest import verify
@@ -37,25 +37,14 @@ def text(model):
     return path
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """(exit code, stdout, stderr) of `export-vq ARGS`; random weights feel every rounding, so within wide limits."""
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Random weights feel every rounding, so within wide limits."""
     small = functools.partial(CalibrationOptions, samples=3, width=24, test_tokens=48, limit=100.0)
     monkeypatch.setattr(matrix, "CalibrationOptions", small)
 
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["export-vq", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
 
-    return run
-
-
-def test_every_variant_is_a_folder_that_runs_and_a_row_of_one_report(run, model, text, tmp_path):
+def test_every_variant_is_a_folder_that_runs_and_a_row_of_one_report(model, text, tmp_path):
     out = tmp_path / "out"
     args = (model, "-o", out, "--text", text, "--top-k", 9, "--positions", 256, "--threads", 1)
     args += ("--matrix", "dtype=fp32,int8", "output=topk,logits")
@@ -95,7 +84,7 @@ def test_every_variant_is_a_folder_that_runs_and_a_row_of_one_report(run, model,
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".onnx", ".data")}
 
 
-def test_one_that_fails_stops_no_other(run, model, tmp_path):
+def test_one_that_fails_stops_no_other(model, tmp_path):
     """A text of one document has nothing to test on once it was calibrated on, which only fewer bits need."""
     text = tmp_path / "text.txt"
     text.write_text(paragraphs(3))
@@ -112,7 +101,7 @@ def test_one_that_fails_stops_no_other(run, model, tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_a_bug_in_one_is_told_and_stops_no_other(run, model, tmp_path, monkeypatch):
+def test_a_bug_in_one_is_told_and_stops_no_other(model, tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "quantise_folder", lambda *_: 1 / 0)
     text = tmp_path / "text.txt"
     text.write_text(paragraphs(3))
@@ -124,7 +113,7 @@ def test_a_bug_in_one_is_told_and_stops_no_other(run, model, tmp_path, monkeypat
     assert all(error.startswith("internal error: ZeroDivisionError: division by zero") for error in errors)
 
 
-def test_what_this_machine_cannot_run_is_not_called_a_pass(run, model, tmp_path):
+def test_what_this_machine_cannot_run_is_not_called_a_pass(model, tmp_path):
     code, stdout, _ = run(model, "-o", tmp_path / "out", "--matrix", "dtype=bf16")
     assert code == 0
     assert "| bf16-logits | NOT CHECKED |" in stdout
@@ -140,14 +129,14 @@ def test_what_this_machine_cannot_run_is_not_called_a_pass(run, model, tmp_path)
         (("--dtype", "fp16", "--matrix", "dtype=fp32"), "--dtype is given, and dtype= in --matrix too"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_made(run, model, tmp_path, args, words):
+def test_what_cannot_be_meant_is_refused_before_anything_is_made(model, tmp_path, args, words):
     code, stdout, stderr = run(model, "-o", tmp_path / "out", *args)
     assert (code, stdout) == (2, "")
     assert words in " ".join(stderr.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_model_and_a_baseline_are_refused(run, model, tmp_path):
+def test_a_missing_model_and_a_baseline_are_refused(model, tmp_path):
     code, _, stderr = run(tmp_path / "none.pt", "--matrix", "dtype=fp16")
     assert code == 2
     assert "none.pt: no such file" in stderr
