@@ -31,6 +31,7 @@ _HOME = {
     "TrtRunner": "trt_runner",
     "check_parity": "parity",
     "run_benchmark": "bench",
+    "bench_folder": "folder_bench",
     "compress_model": "compress",
     "finetune": "tuning",
     "FinetuneOptions": "tuning",
@@ -64,6 +65,7 @@ __all__ = [
     "UserError",
     "VQEmbedding",
     "VQHead",
+    "bench_folder",
     "build_engine",
     "calibrate",
     "check_parity",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from export_vq.embedding import VQEmbedding
     from export_vq.engine import EngineOptions, build_engine
     from export_vq.errors import CheckFailed, UserError
+    from export_vq.folder_bench import bench_folder
     from export_vq.generate import TokenEvent, stream
     from export_vq.graph import ExportOptions, export_onnx
     from export_vq.head import VQHead

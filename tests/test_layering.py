@@ -149,7 +149,7 @@ MAY_IMPORT = {
         "steps", "terminal", "wording",
     },
     "__init__": {
-        "bench", "calibration", "compress", "decoding", "embedding", "engine", "errors", "generate", "graph", "head", "load",
+        "bench", "calibration", "compress", "decoding", "embedding", "engine", "errors", "folder_bench", "generate", "graph", "head", "load",
         "parity", "pipeline", "plan", "quality", "records", "runners", "textmodel", "trim", "trt_runner", "tuning",
     },
 }  # fmt: skip
