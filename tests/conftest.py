@@ -14,14 +14,19 @@ os.environ.setdefault("EXPORT_VQ_BENCH_SECONDS", "0.01")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LONGEST = (
-    "test_kill",
     "test_graph",
-    "test_cli",
-    "test_engine",
+    "test_kill",
     "test_examples",
-    "test_mutants",
-    "test_six_paths",
+    "test_matrix",
     "test_script",
+    "test_limits",
+    "test_cli",
+    "test_loss",
+    "test_six_paths",
+    "test_engines",
+    "test_engine",
+    "test_finetune",
+    "test_mutants",
 )
 
 
