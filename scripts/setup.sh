@@ -11,10 +11,10 @@ python=${PYTHON:-python3}
     exit 2
 }
 
-# The strict editable install links file by file, so a new file counts as a change.
-stamp=$( { "$python" --version; pwd; cat pyproject.toml constraints.txt; find exporter plugins -name '*.py' -o -name '*.j2' | sort; } | sha256sum)
+# The strict editable install links file by file, in build/: a new file counts as a change, and without build/ it is gone.
+stamp=$( { "$python" --version; pwd; cat pyproject.toml constraints.txt; find exporter calibration plugins -name '*.py' -o -name '*.j2' | sort; } | sha256sum)
 file=.venv/.installed-$extras
-if [ "$(cat "$file" 2>/dev/null)" = "$stamp" ]; then
+if [ "$(cat "$file" 2>/dev/null)" = "$stamp" ] && .venv/bin/python -c 'import export_vq' 2>/dev/null; then
     exit 0
 fi
 echo "installing into .venv (a few minutes the first time) ..."
