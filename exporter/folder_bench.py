@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export_vq.bench import run_benchmark
 from export_vq.checkpoint import positions_of, read_json
@@ -14,9 +15,7 @@ from export_vq.progress import Progress
 from export_vq.records import BenchReport, EngineArtifact, OnnxArtifact
 from export_vq.runners import native_library
 from export_vq.trt import find_tensorrt
-from export_vq.workloads import runners, step_workload
-
-CONTEXT = 128
+from export_vq.workloads import CONTEXT, runners, step_workload
 
 
 def bench_folder(
@@ -63,7 +62,7 @@ def bench_folder(
 def _bench_graphs(
     folder: Path,
     artifact: OnnxArtifact,
-    ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    ids: NDArray[np.int64],
     progress: Progress,
     *,
     threads: int,
@@ -73,7 +72,7 @@ def _bench_graphs(
     if (folder / "dense.onnx").is_file():
         artifacts["dense"] = _record(folder, "dense.onnx")
     native = artifact.form == "portable" and native_library(folder) is not None
-    with progress.step("bench") as tell, runners(folder, artifacts, threads, native=native, bundle=folder) as named:
+    with progress.step("bench") as tell, runners(folder, artifacts, threads, native=native) as named:
         return run_benchmark(
             [step_workload(named, ids)],
             threads=threads,
@@ -84,9 +83,7 @@ def _bench_graphs(
         )
 
 
-def _bench_engines(
-    folder: Path, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]], progress: Progress
-) -> BenchReport | None:
+def _bench_engines(folder: Path, ids: NDArray[np.int64], progress: Progress) -> BenchReport | None:
     try:
         here = find_tensorrt()
     except UserError:

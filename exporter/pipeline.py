@@ -47,7 +47,7 @@ from export_vq.staging import staged
 from export_vq.steps import export_step
 from export_vq.text import filled_blocks, read_text
 from export_vq.trt_runner import TrtRunner
-from export_vq.workloads import head_workloads, runners, step_workload
+from export_vq.workloads import CONTEXT, head_workloads, runners, step_workload
 
 PROMPT = "The capital of France is"
 GAP_BLOCK = 256
@@ -302,7 +302,7 @@ class _Run:
             self._step(f"check-{kind}", {**key, "plan": plan}, ParityReport, check(kind))
             for kind, plan in plans.items()
         ]
-        ids = self._blocks(min(128, self.loaded.max_positions - 1), 1)
+        ids = self._blocks(min(CONTEXT, self.loaded.max_positions - 1), 1)
         bench = self._step(
             "bench-engines",
             {**key, "plans": plans},
@@ -326,7 +326,7 @@ class _Run:
             ) as heads,
             runners(self.bundle.folder, artifacts, threads, native=self._is_native(artifacts["vq"])) as models,
         ):
-            step = step_workload(models, self._blocks(min(128, self.loaded.max_positions - 1), 1))
+            step = step_workload(models, self._blocks(min(CONTEXT, self.loaded.max_positions - 1), 1))
             backend = f"ONNX Runtime {version_of('onnxruntime')}"
             if native_library() is not None:
                 backend += " with native kernels"

@@ -38,7 +38,7 @@ from export_vq.records import BenchReport, CalibrationReport, OnnxArtifact, Pari
 from export_vq.runners import OrtRunner, native_library, read_head, signature_of
 from export_vq.text import read_text
 from export_vq.top_k_graph import end_dense_in, end_in
-from export_vq.workloads import head_workloads, step_workload
+from export_vq.workloads import CONTEXT, head_workloads, step_workload
 
 Blocks = Callable[[int, int], NDArray[np.int64]]
 """(width, count) -> token ids int64 [count, width]."""
@@ -170,7 +170,7 @@ def bench_quantised(
         ):
             # The dense head of these workloads is not quantised, so it is no rival here.
             ours = [dataclasses.replace(w, runs={n: r for n, r in w.runs.items() if n != "dense"}) for w in heads]
-            step = step_workload({"vq": vq, "dense": dense}, blocks(min(128, _positions(bundle) - 1), 1))
+            step = step_workload({"vq": vq, "dense": dense}, blocks(min(CONTEXT, _positions(bundle) - 1), 1))
             return run_benchmark(
                 [*ours, step],
                 threads=threads,

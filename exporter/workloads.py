@@ -20,6 +20,9 @@ from export_vq.outputs import output_of
 from export_vq.records import OnnxArtifact
 from export_vq.runners import OrtRunner, native_library, signature_of
 
+CONTEXT = 128
+"""Tokens in the KV cache of a decode step that is timed, where the model has positions for as many."""
+
 STOCK = "vq, stock ops"
 """The VQ head as stock ONNX Runtime runs it, timed beside the native kernel where that is built."""
 
@@ -89,10 +92,10 @@ def step_workload(named: dict[str, OrtRunner], ids: np.ndarray[Any, np.dtype[np.
 
 @contextmanager
 def runners(
-    folder: Path, artifacts: dict[str, OnnxArtifact], threads: int, *, native: bool, bundle: Path | None = None
+    folder: Path, artifacts: dict[str, OnnxArtifact], threads: int, *, native: bool
 ) -> Iterator[dict[str, OrtRunner]]:
     """Runners of a folder's graphs 'vq' and 'dense'; with `native` 'vq' is on our kernels, those that are built or those
-    of `bundle`, and on stock ops beside that."""
+    that the folder brings along, and on stock ops beside that."""
     ways = {kind: (artifact, native and kind == "vq") for kind, artifact in artifacts.items()}
     if native:
         ways[STOCK] = (artifacts["vq"], False)
@@ -104,7 +107,7 @@ def runners(
                     signature_of(artifact),
                     threads=threads,
                     native=on_kernels,
-                    bundle=bundle,
+                    bundle=folder,
                     fuse_quantised=artifact.fusible,
                 )
             )

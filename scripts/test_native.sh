@@ -31,7 +31,7 @@ native_tests() {
     local folder=build/native-$1
     echo "native tests in $folder ..."
     compiled "$@"
-    ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 600 -j 2
+    ctest --test-dir "$folder" --output-on-failure --no-tests=error --timeout 300 -j 2
 }
 
 native_tests plain -DVQ_SANITIZE=OFF

@@ -17,7 +17,7 @@ def run(*args):
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_tiny(folder / "model.pt", "llama")
-    run("export", folder / "model.pt", "-o", folder / "out")
+    assert run("export", folder / "model.pt", "-o", folder / "out")[0] == 0
     return folder / "out"
 
 

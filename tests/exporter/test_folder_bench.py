@@ -27,7 +27,7 @@ def exported(tmp_path_factory):
     """What export wrote, copied away from its checkpoint."""
     folder = tmp_path_factory.mktemp("exported")
     save_tiny(folder / "model.pt", "llama")
-    run("export", folder / "model.pt", "-o", folder / "out")
+    assert run("export", folder / "model.pt", "-o", folder / "out")[0] == 0
     (folder / "model.pt").unlink()
     return (folder / "out").rename(folder / "moved")
 
